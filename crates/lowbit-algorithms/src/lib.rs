@@ -1,0 +1,1 @@
+//! Quantization algorithms for language models, one paper a file.

@@ -1,0 +1,1 @@
+//! Matrices, quantization schemes, quantized layers and their reference arithmetic.

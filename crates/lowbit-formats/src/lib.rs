@@ -1,0 +1,1 @@
+//! Checkpoint containers, read without copying.

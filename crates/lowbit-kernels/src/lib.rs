@@ -1,0 +1,1 @@
+//! Low-bit matrix products with run-time SIMD dispatch.

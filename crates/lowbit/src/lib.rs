@@ -1,0 +1,1 @@
+//! Quantize language-model weights and multiply with them, on the CPU.
