@@ -1,1 +1,48 @@
-//! Matrices, quantization schemes, quantized layers and their reference arithmetic.
+//! The nouns of `lowbit`: matrices, quantization schemes, quantized matrices and layers, and the
+//! slow reference arithmetic that every fast kernel is tested against.
+//!
+//! ```text
+//! numbers   real = scale · (code − zero)
+//! layers    y    = Q·x + bias
+//! letters   m tokens, n out_features, k in_features, g group_size; every matrix row-major
+//! ```
+//!
+//! # Example
+//! ```
+//! use lowbit_core::{Context, Granularity, Linear, Mat, QLinear, QMatrix, QuantScheme};
+//!
+//! // Four output features, 48 input features, groups of 32: the last group of each row has 16.
+//! let w = Mat::from_fn(4, 48, |r, c| ((r * 48 + c) as f32 * 0.37).sin());
+//! let q = QMatrix::quantize(w.as_ref(), QuantScheme::affine(4, Granularity::PerGroup(32)))?;
+//! assert_eq!(q.bits_per_weight(), 4.0 + 2.0 * (16.0 + 4.0) / 48.0);
+//!
+//! let layer = QLinear::new(q);
+//! let x = Mat::from_fn(1, 48, |_, c| (c as f32).cos());
+//! let mut y = Mat::zeros(1, 4);
+//! layer.forward(x.as_ref(), y.as_mut(), &mut Context::new())?;
+//! # Ok::<(), lowbit_core::Error>(())
+//! ```
+#![cfg_attr(not(feature = "std"), no_std)]
+#![forbid(unsafe_code)]
+
+extern crate alloc;
+
+mod activation;
+mod bits;
+mod context;
+mod error;
+mod linear;
+mod mat;
+mod qmatrix;
+mod scheme;
+
+pub use activation::{ActivationScheme, quantize_row_int8};
+pub use context::Context;
+pub use error::Error;
+pub use linear::{Linear, QLinear, check_shapes};
+pub use mat::{Mat, MatMut, MatRef};
+pub use qmatrix::QMatrix;
+pub use scheme::{Granularity, QuantScheme, QuantType, ScaleFormat};
+
+/// A result whose error is [`enum@Error`].
+pub type Result<T, E = Error> = core::result::Result<T, E>;

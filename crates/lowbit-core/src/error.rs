@@ -1,0 +1,111 @@
+use alloc::string::String;
+
+use crate::ScaleFormat;
+
+/// What can be wrong with the operands of this library. Every variant carries them.
+///
+/// # Example
+/// ```
+/// use lowbit_core::{Error, MatRef};
+///
+/// let error = MatRef::new(&[0.0_f32; 5], 2, 3).unwrap_err();
+/// assert_eq!(error, Error::Length { what: "matrix data", expected: 6, got: 5 });
+/// assert_eq!(error.to_string(), "matrix data: expected 6 elements, got 5");
+/// ```
+#[derive(Clone, Debug, PartialEq, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// A buffer is too short, or not exactly as long as the shape says.
+    #[error("{what}: expected {expected} elements, got {got}")]
+    Length {
+        /// Which buffer.
+        what: &'static str,
+        /// How many elements the shape asks for.
+        expected: usize,
+        /// How many there are.
+        got: usize,
+    },
+    /// A matrix has another shape than the operation needs.
+    #[error("{what}: expected {} x {}, got {} x {}", .expected.0, .expected.1, .got.0, .got.1)]
+    Shape {
+        /// Which matrix.
+        what: &'static str,
+        /// Expected rows and columns.
+        expected: (usize, usize),
+        /// Rows and columns found.
+        got: (usize, usize),
+    },
+    /// Rows would overlap.
+    #[error("row stride {row_stride} is smaller than the {cols} columns of a row")]
+    RowStride {
+        /// Distance between the starts of two rows, in elements.
+        row_stride: usize,
+        /// Elements of a row.
+        cols: usize,
+    },
+    /// The number of elements does not fit `usize`.
+    #[error("a matrix of {rows} x {cols} elements is too large for this machine")]
+    TooLarge {
+        /// Rows asked for.
+        rows: usize,
+        /// Columns (or row stride) asked for.
+        cols: usize,
+    },
+    /// An integer width that the packed format does not have.
+    #[error("codes of {bits} bits: expected 1 to 8")]
+    Bits {
+        /// The width asked for.
+        bits: u8,
+    },
+    /// A group or block without elements.
+    #[error("a block of {rows} x {cols} has no elements")]
+    EmptyBlock {
+        /// Rows of the block.
+        rows: usize,
+        /// Columns of the block.
+        cols: usize,
+    },
+    /// NaN or infinity where only finite numbers have a meaning.
+    #[error("{what} is not finite at row {row}, column {col}")]
+    NotFinite {
+        /// Which matrix.
+        what: &'static str,
+        /// Row of the first such value.
+        row: usize,
+        /// Column of the first such value.
+        col: usize,
+    },
+    /// A scale beyond the largest number of its format.
+    #[error(
+        "scale {scale:e} of the block at row {row}, column {col} overflows {format:?}; choose a wider scale format"
+    )]
+    ScaleOverflow {
+        /// The scale before rounding.
+        scale: f32,
+        /// The format it should be stored in.
+        format: ScaleFormat,
+        /// First row of the block.
+        row: usize,
+        /// First column of the block.
+        col: usize,
+    },
+    /// A combination that the callee cannot compute.
+    #[error("{by} does not support {what}")]
+    Unsupported {
+        /// Who refuses.
+        by: &'static str,
+        /// What it was asked for.
+        what: String,
+    },
+}
+
+impl Error {
+    /// The same error at another row, for callees that see one row at a time.
+    #[must_use]
+    pub fn at_row(self, row: usize) -> Self {
+        match self {
+            Self::NotFinite { what, col, .. } => Self::NotFinite { what, row, col },
+            other => other,
+        }
+    }
+}
