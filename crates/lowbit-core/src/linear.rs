@@ -27,9 +27,6 @@ pub trait Linear: Send + Sync {
     /// `n`, the columns of `y`.
     fn out_features(&self) -> usize;
 
-    /// Bytes that the layer's weights take where they are stored, bias not counted.
-    fn weight_bytes(&self) -> usize;
-
     /// Writes `x·Wᵀ + bias` to `y`, where `x` is `(m, in_features)` and `y` `(m, out_features)`.
     ///
     /// # Errors
@@ -121,10 +118,6 @@ impl<S: AsRef<[u8]> + Send + Sync> Linear for QLinear<S> {
 
     fn out_features(&self) -> usize {
         self.weight.rows()
-    }
-
-    fn weight_bytes(&self) -> usize {
-        self.weight.bytes()
     }
 
     fn forward(&self, x: MatRef<'_, f32>, mut y: MatMut<'_, f32>, _: &mut Context) -> Result<()> {
