@@ -62,14 +62,16 @@ impl Granularity {
     ///
     /// Where a block is at least as large as the matrix, the matrix's size is given (at least 1).
     pub const fn block(self, n: usize, k: usize) -> (usize, usize) {
+        const fn whole(size: usize) -> usize {
+            if size == 0 { 1 } else { size }
+        }
         const fn at_most(block: usize, size: usize) -> usize {
-            let size = if size == 0 { 1 } else { size };
-            if block < size { block } else { size }
+            if block < whole(size) { block } else { whole(size) }
         }
         match self {
-            Self::PerTensor => (at_most(n, n), at_most(k, k)),
-            Self::PerChannel => (1, at_most(k, k)),
-            Self::PerColumn => (at_most(n, n), 1),
+            Self::PerTensor => (whole(n), whole(k)),
+            Self::PerChannel => (1, whole(k)),
+            Self::PerColumn => (whole(n), 1),
             Self::PerGroup(group_size) => (1, at_most(group_size, k)),
             Self::PerBlock(rows, cols) => (at_most(rows, n), at_most(cols, k)),
         }

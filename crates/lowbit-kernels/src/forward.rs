@@ -1,0 +1,252 @@
+//! `PackedLinear::forward`: quantize or pad the activations once, then compute the tiles of the
+//! output in any order on the caller's threads.
+
+use std::ops::Range;
+
+use lowbit_core::{
+    ActivationScheme, Context, Error, Linear, MatMut, MatRef, Result, check_shapes,
+    quantize_row_int8,
+};
+use rayon::prelude::*;
+
+use crate::{
+    packed::PackedLinear,
+    tile::{Int8Row, MR, NR},
+};
+
+/// Rows of activations that a task takes: enough that a panel, once in L2, is used often.
+const TASK_ROWS: usize = 64;
+
+/// Multiplications below which handing out tasks costs more than it gains.
+const PARALLEL_WORK: usize = 1 << 19;
+
+impl Linear for PackedLinear {
+    fn in_features(&self) -> usize {
+        self.shape().1
+    }
+
+    fn out_features(&self) -> usize {
+        self.shape().0
+    }
+
+    fn forward(&self, x: MatRef<'_, f32>, y: MatMut<'_, f32>, ctx: &mut Context) -> Result<()> {
+        check_shapes(self, x, &y)?;
+        let (n, k) = self.shape();
+        if x.rows() == 0 || n == 0 {
+            return Ok(());
+        }
+        let work = x.rows().saturating_mul(n).saturating_mul(k);
+        let pool = ctx.pool().filter(|_| work >= PARALLEL_WORK).cloned();
+        let threads = Threads(pool.as_deref());
+        match self.activation() {
+            None => self.forward_f32(x, y, ctx, threads),
+            Some(ActivationScheme::Int8PerToken) => self.forward_int8(x, y, ctx, threads),
+            Some(other) => Err(Error::Unsupported {
+                by: "PackedLinear",
+                what: format!("{other:?} activations"),
+            }),
+        }
+    }
+}
+
+impl PackedLinear {
+    fn forward_f32(
+        &self,
+        x: MatRef<'_, f32>,
+        y: MatMut<'_, f32>,
+        ctx: &mut Context,
+        threads: Threads<'_>,
+    ) -> Result<()> {
+        let (m, width) = (x.rows(), self.padded_k());
+        let padded: &mut [f32] = bytemuck::cast_slice_mut(ctx.scratch(m * width * 4));
+        threads.chunks(padded, width, |row, to| {
+            pad(x.row(row).unwrap_or(&[]), to, self.group().0, self.padded_group());
+        });
+        let padded = &*padded;
+        self.tiles(y, threads, |panel, rows, out| {
+            let panel = self.panel(panel);
+            let mut x = [&[][..]; MR];
+            for (x, row) in x.iter_mut().zip(rows.clone()) {
+                *x = &padded[row * width..][..width];
+            }
+            self.microkernel().f32(&panel, &x[..rows.len()], out);
+        });
+        Ok(())
+    }
+
+    fn forward_int8(
+        &self,
+        x: MatRef<'_, f32>,
+        y: MatMut<'_, f32>,
+        ctx: &mut Context,
+        threads: Threads<'_>,
+    ) -> Result<()> {
+        // One row of scratch: [scale f32][sums i32; groups][codes i8; padded k]
+        let (m, width, groups) = (x.rows(), self.padded_k(), self.group().1);
+        let stride = (4 + 4 * groups + width).next_multiple_of(64);
+        let scratch = ctx.scratch(m * stride);
+        let quantize = |row: usize, to: &mut [u8]| {
+            let (scale, to) = to.split_at_mut(4);
+            let (sums, codes) = to.split_at_mut(4 * groups);
+            let codes = bytemuck::cast_slice_mut(&mut codes[..width]);
+            let sums = bytemuck::cast_slice_mut(sums);
+            // NaN marks a row that could not be quantized.
+            let result = self.quantize_row(x.row(row).unwrap_or(&[]), codes, sums);
+            scale.copy_from_slice(&result.unwrap_or(f32::NAN).to_le_bytes());
+        };
+        threads.chunks(scratch, stride, quantize);
+
+        let row = |row: usize| {
+            let (head, codes) = scratch[row * stride..][..stride].split_at(4 + 4 * groups);
+            let sums = bytemuck::cast_slice(&head[4..]);
+            (
+                bytemuck::pod_read_unaligned::<f32>(&head[..4]),
+                Int8Row { codes: bytemuck::cast_slice(&codes[..width]), sums },
+            )
+        };
+        for (r, x) in x.iter_rows().enumerate() {
+            if row(r).0.is_nan() {
+                let col = x.iter().position(|x| !x.is_finite()).unwrap_or(0);
+                return Err(Error::NotFinite { what: "activation", row: r, col });
+            }
+        }
+        self.tiles(y, threads, |panel, rows, out| {
+            let panel = self.panel(panel);
+            let mut a = [Int8Row { codes: &[], sums: &[] }; MR];
+            let mut scales = [0.0; MR];
+            for ((a, scale), r) in a.iter_mut().zip(&mut scales).zip(rows.clone()) {
+                (*scale, *a) = row(r);
+            }
+            self.microkernel().int8(&panel, &a[..rows.len()], out);
+            for (out, scale) in out.iter_mut().zip(scales) {
+                for y in out {
+                    *y *= scale;
+                }
+            }
+        });
+        Ok(())
+    }
+
+    /// Quantizes a row, sums the codes of each group, and spreads the groups to whole steps.
+    fn quantize_row(&self, x: &[f32], codes: &mut [i8], sums: &mut [i32]) -> Result<f32> {
+        let ((group_size, _), padded) = (self.group(), self.padded_group());
+        let scale = pulp::Arch::new().dispatch(|| quantize_row_int8(x, &mut codes[..x.len()]))?;
+        for (sum, codes) in sums.iter_mut().zip(codes[..x.len()].chunks(group_size)) {
+            *sum = codes.iter().map(|&a| i32::from(a)).sum();
+        }
+        codes[x.len()..].fill(0);
+        if padded != group_size {
+            // From the last group backwards, so that none is overwritten before it has moved.
+            for g in (0..sums.len()).rev() {
+                let (from, to) = (g * group_size, g * padded);
+                let len = group_size.min(x.len() - from);
+                codes.copy_within(from..from + len, to);
+                let end = codes.len().min(to + padded);
+                codes[to + len..end].fill(0);
+            }
+        }
+        Ok(scale)
+    }
+
+    /// Computes every tile of `y`: `tile(panel, rows, out)` fills `out`, to which the bias is added.
+    fn tiles(
+        &self,
+        y: MatMut<'_, f32>,
+        threads: Threads<'_>,
+        tile: impl Fn(usize, Range<usize>, &mut [[f32; NR]]) + Sync,
+    ) {
+        let ((m, n), stride) = (y.shape(), y.row_stride());
+        let y = Columns { start: y.into_data().as_mut_ptr(), stride, m, n };
+        let row_tasks = m.div_ceil(TASK_ROWS);
+        threads.each(n.div_ceil(NR) * row_tasks, |task| {
+            let (panel, first) = (task / row_tasks, task % row_tasks * TASK_ROWS);
+            let cols = panel * NR..n.min(panel * NR + NR);
+            let bias = self.bias().map(|bias| &bias[cols.clone()]);
+            let last = m.min(first + TASK_ROWS);
+            for row in (first..last).step_by(MR) {
+                let rows = row..last.min(row + MR);
+                let mut out = [[0.0; NR]; MR];
+                tile(panel, rows.clone(), &mut out[..rows.len()]);
+                for (row, out) in rows.zip(&out) {
+                    #[allow(
+                        unsafe_code,
+                        reason = "tasks write to interleaved columns of the same rows"
+                    )]
+                    // SAFETY: row < m and cols.end <= n; no other task has this panel's columns of
+                    // these rows.
+                    let y = unsafe { y.part(row, cols.clone()) };
+                    match bias {
+                        Some(bias) => {
+                            for ((y, out), bias) in y.iter_mut().zip(out).zip(bias) {
+                                *y = out + bias;
+                            }
+                        }
+                        None => y.copy_from_slice(&out[..y.len()]),
+                    }
+                }
+            }
+        });
+    }
+}
+
+/// Copies a row so that each group starts at a multiple of `padded`, with zeros between.
+fn pad(x: &[f32], to: &mut [f32], group_size: usize, padded: usize) {
+    for (x, to) in x.chunks(group_size).zip(to.chunks_mut(padded)) {
+        let (values, rest) = to.split_at_mut(x.len());
+        values.copy_from_slice(x);
+        rest.fill(0.0);
+    }
+}
+
+/// The caller's threads, or none.
+#[derive(Clone, Copy)]
+struct Threads<'a>(Option<&'a rayon::ThreadPool>);
+
+impl Threads<'_> {
+    fn each(self, tasks: usize, f: impl Fn(usize) + Sync) {
+        match self.0 {
+            Some(pool) => pool.install(|| (0..tasks).into_par_iter().for_each(&f)),
+            None => (0..tasks).for_each(f),
+        }
+    }
+
+    fn chunks<T: Send>(self, data: &mut [T], len: usize, f: impl Fn(usize, &mut [T]) + Sync) {
+        match self.0 {
+            Some(pool) => pool.install(|| {
+                data.par_chunks_mut(len.max(1)).enumerate().for_each(|(i, chunk)| f(i, chunk));
+            }),
+            None => data.chunks_mut(len.max(1)).enumerate().for_each(|(i, chunk)| f(i, chunk)),
+        }
+    }
+}
+
+/// A matrix whose parts different tasks write.
+struct Columns {
+    start: *mut f32,
+    stride: usize,
+    m: usize,
+    n: usize,
+}
+
+#[allow(unsafe_code, reason = "tasks write to interleaved columns of the same rows")]
+// SAFETY: `part` asks its callers to keep the parts apart.
+unsafe impl Sync for Columns {}
+
+impl Columns {
+    /// Columns `cols` of `row`.
+    ///
+    /// # Safety
+    /// `row < m`, `cols.end <= n`, and nobody else uses these elements meanwhile.
+    #[allow(unsafe_code, reason = "tasks write to interleaved columns of the same rows")]
+    #[allow(clippy::mut_from_ref, reason = "the caller keeps the parts apart")]
+    unsafe fn part(&self, row: usize, cols: Range<usize>) -> &mut [f32] {
+        debug_assert!(row < self.m && cols.end <= self.n);
+        // SAFETY: MatMut has checked that `m` rows of `n` elements at this stride are in bounds.
+        unsafe {
+            std::slice::from_raw_parts_mut(
+                self.start.add(row * self.stride + cols.start),
+                cols.len(),
+            )
+        }
+    }
+}

@@ -1,0 +1,163 @@
+//! AVX2 and FMA: 256-bit vectors, eight output features each.
+
+use core::arch::x86_64::*;
+
+use super::Kernel;
+use crate::tile::{self, Int8Row, Isa, NR, Panel};
+
+pub(super) const KERNEL: Kernel = Kernel {
+    name: "avx2",
+    is_available: || is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma"),
+    int8,
+    f32,
+};
+
+#[target_feature(enable = "avx2,fma")]
+fn int8(panel: &Panel<'_>, rows: &[Int8Row<'_>], out: &mut [[f32; NR]]) {
+    tile::int8::<_, 4, 8>(Avx2::new(), panel, rows, out);
+}
+
+#[target_feature(enable = "avx2,fma")]
+fn f32(panel: &Panel<'_>, rows: &[&[f32]], out: &mut [[f32; NR]]) {
+    tile::f32::<_, 4, 8>(Avx2::new(), panel, rows, out);
+}
+
+#[derive(Clone, Copy)]
+struct Avx2(());
+
+impl Avx2 {
+    /// Safe to call only where the features are on, so that a value proves they are.
+    #[target_feature(enable = "avx2,fma")]
+    fn new() -> Self {
+        Self(())
+    }
+}
+
+// SAFETY (of every block below): `self` proves avx2 and fma; loads and stores go through
+// references to arrays of exactly a vector's size.
+impl Isa<8> for Avx2 {
+    type I32 = __m256i;
+    type F32 = __m256;
+
+    /// Codes become signed: of `|code − 128| ≤ 128` and `|a| ≤ 127`, two products add up to at most
+    /// 2·128·127 = 32512, which fits an i16. Unsigned, 2·255·127 = 64770 would not, and
+    /// `vpmaddubsw` would say 32767.
+    const BYTES_OFFSET: i32 = 128;
+
+    #[inline(always)]
+    fn zero_i32(self) -> __m256i {
+        // SAFETY: see above.
+        unsafe { _mm256_setzero_si256() }
+    }
+
+    #[inline(always)]
+    fn zero_f32(self) -> __m256 {
+        // SAFETY: see above.
+        unsafe { _mm256_setzero_ps() }
+    }
+
+    #[inline(always)]
+    fn load_codes(self, codes: &[[u8; 4]; 8]) -> __m256i {
+        // SAFETY: see above.
+        unsafe { _mm256_loadu_si256(codes.as_ptr().cast()) }
+    }
+
+    #[inline(always)]
+    fn load_zeros(self, zeros: &[u8; 8], offset: i32) -> __m256i {
+        // SAFETY: see above.
+        unsafe {
+            let zeros = _mm256_cvtepu8_epi32(_mm_loadl_epi64(zeros.as_ptr().cast()));
+            _mm256_sub_epi32(zeros, _mm256_set1_epi32(offset))
+        }
+    }
+
+    #[inline(always)]
+    fn load_f32(self, x: &[f32; 8]) -> __m256 {
+        // SAFETY: see above.
+        unsafe { _mm256_loadu_ps(x.as_ptr()) }
+    }
+
+    #[inline(always)]
+    fn store_f32(self, x: __m256, to: &mut [f32; 8]) {
+        // SAFETY: see above.
+        unsafe { _mm256_storeu_ps(to.as_mut_ptr(), x) }
+    }
+
+    #[inline(always)]
+    fn splat_a(self, a: [i8; 4]) -> __m256i {
+        // SAFETY: see above.
+        unsafe { _mm256_set1_epi32(i32::from_le_bytes(a.map(|a| a as u8))) }
+    }
+
+    #[inline(always)]
+    fn splat_f32(self, x: f32) -> __m256 {
+        // SAFETY: see above.
+        unsafe { _mm256_set1_ps(x) }
+    }
+
+    #[inline(always)]
+    fn nibbles(self, codes: __m256i) -> (__m256i, __m256i) {
+        // SAFETY: see above.
+        unsafe {
+            let mask = _mm256_set1_epi8(15);
+            (_mm256_and_si256(codes, mask), _mm256_and_si256(_mm256_srli_epi32::<4>(codes), mask))
+        }
+    }
+
+    #[inline(always)]
+    fn dot_nibbles(self, acc: __m256i, codes: __m256i, a: __m256i) -> __m256i {
+        // SAFETY: see above.
+        unsafe {
+            let pairs = _mm256_maddubs_epi16(codes, a); // at most 2·15·127 = 3810
+            _mm256_add_epi32(acc, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)))
+        }
+    }
+
+    #[inline(always)]
+    fn dot_bytes(self, acc: __m256i, codes: __m256i, a: __m256i) -> __m256i {
+        // SAFETY: see above.
+        unsafe {
+            let w = _mm256_xor_si256(codes, _mm256_set1_epi8(i8::MIN)); // code − 128
+            // |w|·(sign(w)·a) = w·a. |−128| is 128 as u8, and a is never −128, so both are exact.
+            let pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(w), _mm256_sign_epi8(a, w));
+            _mm256_add_epi32(acc, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)))
+        }
+    }
+
+    #[inline(always)]
+    fn flush(self, acc: __m256, dot: __m256i, zero: __m256i, sum: i32, scale: __m256) -> __m256 {
+        // SAFETY: see above.
+        unsafe {
+            let shift = _mm256_mullo_epi32(zero, _mm256_set1_epi32(sum));
+            let exact = _mm256_cvtepi32_ps(_mm256_sub_epi32(dot, shift));
+            _mm256_add_ps(acc, _mm256_mul_ps(exact, scale))
+        }
+    }
+
+    #[inline(always)]
+    fn level<const SHIFT: u32, const MASK: i32>(self, codes: __m256i) -> __m256 {
+        // SAFETY: see above.
+        unsafe {
+            let shifted = _mm256_srl_epi32(codes, _mm_cvtsi32_si128(SHIFT as i32));
+            _mm256_cvtepi32_ps(_mm256_and_si256(shifted, _mm256_set1_epi32(MASK)))
+        }
+    }
+
+    #[inline(always)]
+    fn to_f32(self, x: __m256i) -> __m256 {
+        // SAFETY: see above.
+        unsafe { _mm256_cvtepi32_ps(x) }
+    }
+
+    #[inline(always)]
+    fn sub(self, a: __m256, b: __m256) -> __m256 {
+        // SAFETY: see above.
+        unsafe { _mm256_sub_ps(a, b) }
+    }
+
+    #[inline(always)]
+    fn mul_add(self, acc: __m256, a: __m256, b: __m256) -> __m256 {
+        // SAFETY: see above.
+        unsafe { _mm256_fmadd_ps(a, b, acc) }
+    }
+}

@@ -1,0 +1,103 @@
+//! Plain Rust: the kernel that every CPU has, and the one to read first.
+
+use super::Kernel;
+use crate::tile::{self, Isa};
+
+pub(super) const KERNEL: Kernel = Kernel {
+    name: "scalar",
+    is_available: || true,
+    int8: |panel, rows, out| tile::int8::<_, 4, 8>(Scalar, panel, rows, out),
+    f32: |panel, rows, out| tile::f32::<_, 4, 8>(Scalar, panel, rows, out),
+};
+
+#[derive(Clone, Copy)]
+struct Scalar;
+
+/// Four bytes a lane, as loaded.
+fn dot4(acc: [i32; 8], codes: [i32; 8], a: [i32; 8]) -> [i32; 8] {
+    let dot = |codes: i32, a: i32| -> i32 {
+        let pairs = codes.to_le_bytes().into_iter().zip(a.to_le_bytes());
+        pairs.map(|(code, a)| i32::from(code) * i32::from(a as i8)).sum()
+    };
+    core::array::from_fn(|i| acc[i] + dot(codes[i], a[i]))
+}
+
+impl Isa<8> for Scalar {
+    type I32 = [i32; 8];
+    type F32 = [f32; 8];
+
+    const BYTES_OFFSET: i32 = 0;
+
+    fn zero_i32(self) -> [i32; 8] {
+        [0; 8]
+    }
+
+    fn zero_f32(self) -> [f32; 8] {
+        [0.0; 8]
+    }
+
+    fn load_codes(self, codes: &[[u8; 4]; 8]) -> [i32; 8] {
+        codes.map(i32::from_le_bytes)
+    }
+
+    fn load_zeros(self, zeros: &[u8; 8], offset: i32) -> [i32; 8] {
+        zeros.map(|zero| i32::from(zero) - offset)
+    }
+
+    fn load_f32(self, x: &[f32; 8]) -> [f32; 8] {
+        *x
+    }
+
+    fn store_f32(self, x: [f32; 8], to: &mut [f32; 8]) {
+        *to = x;
+    }
+
+    fn splat_a(self, a: [i8; 4]) -> [i32; 8] {
+        [i32::from_le_bytes(a.map(|a| a as u8)); 8]
+    }
+
+    fn splat_f32(self, x: f32) -> [f32; 8] {
+        [x; 8]
+    }
+
+    fn nibbles(self, codes: [i32; 8]) -> ([i32; 8], [i32; 8]) {
+        (codes.map(|c| c & 0x0f0f_0f0f), codes.map(|c| c >> 4 & 0x0f0f_0f0f))
+    }
+
+    fn dot_nibbles(self, acc: [i32; 8], codes: [i32; 8], a: [i32; 8]) -> [i32; 8] {
+        dot4(acc, codes, a)
+    }
+
+    fn dot_bytes(self, acc: [i32; 8], codes: [i32; 8], a: [i32; 8]) -> [i32; 8] {
+        dot4(acc, codes, a)
+    }
+
+    fn flush(
+        self,
+        acc: [f32; 8],
+        dot: [i32; 8],
+        zero: [i32; 8],
+        sum: i32,
+        scale: [f32; 8],
+    ) -> [f32; 8] {
+        // The difference fits; dot and zero·sum alone need not, and wrap around consistently.
+        let exact = |i: usize| dot[i].wrapping_sub(zero[i].wrapping_mul(sum));
+        core::array::from_fn(|i| acc[i] + exact(i) as f32 * scale[i])
+    }
+
+    fn level<const SHIFT: u32, const MASK: i32>(self, codes: [i32; 8]) -> [f32; 8] {
+        codes.map(|c| (c >> SHIFT & MASK) as f32)
+    }
+
+    fn to_f32(self, x: [i32; 8]) -> [f32; 8] {
+        x.map(|x| x as f32)
+    }
+
+    fn sub(self, a: [f32; 8], b: [f32; 8]) -> [f32; 8] {
+        core::array::from_fn(|i| a[i] - b[i])
+    }
+
+    fn mul_add(self, acc: [f32; 8], a: [f32; 8], b: [f32; 8]) -> [f32; 8] {
+        core::array::from_fn(|i| acc[i] + a[i] * b[i])
+    }
+}

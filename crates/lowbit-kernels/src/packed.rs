@@ -1,0 +1,194 @@
+use lowbit_core::{ActivationScheme, Error, QLinear, Result};
+
+use crate::{
+    isa::{self, Kernel},
+    tile::{NR, Panel, Storage},
+};
+
+/// A quantized layer rearranged for one kernel of this CPU.
+///
+/// Storage stays canonical: keep the [`QLinear`] (or the file it came from) to save it, and pack
+/// it again on another machine.
+///
+/// # Example
+/// ```
+/// use lowbit_core::{Granularity, Mat, QLinear, QMatrix, QuantScheme};
+/// use lowbit_kernels::{PackedLinear, kernels};
+///
+/// let w = Mat::from_fn(8, 16, |r, c| r as f32 - c as f32);
+/// let q = QMatrix::quantize(w.as_ref(), QuantScheme::symmetric(8, Granularity::PerChannel))?;
+/// let layer = QLinear::new(q);
+/// for name in kernels() {
+///     assert_eq!(PackedLinear::with_kernel(&layer, name)?.kernel(), name);
+/// }
+/// assert!(PackedLinear::with_kernel(&layer, "abacus").is_err());
+/// # Ok::<(), lowbit_core::Error>(())
+/// ```
+#[derive(Clone)]
+pub struct PackedLinear {
+    n: usize,
+    k: usize,
+    kernel: &'static Kernel,
+    activation: Option<ActivationScheme>,
+    bias: Option<Vec<f32>>,
+    storage: Storage,
+    /// Input features of a full group, and how many groups a row has.
+    group: (usize, usize),
+    // codes:  [n/32][steps of all groups][32 rows][4 bytes]; a step is 4 (bytes) or 8 (nibbles) k
+    // scales: [n/32][groups][32]
+    // zeros:  [n/32][groups][32]
+    // Groups are padded to whole steps and rows to whole panels: code 0, zero 0, scale 0.
+    codes: Vec<Line>,
+    scales: Vec<[f32; NR]>,
+    zeros: Vec<[u8; NR]>,
+}
+
+/// A cache line, so that the vectors of a panel never straddle two.
+#[derive(Clone, Copy)]
+#[repr(C, align(64))]
+struct Line([u8; 64]);
+
+#[allow(unsafe_code, reason = "a promise about a type's layout")]
+// SAFETY: an array of bytes, without padding since its size is its alignment.
+unsafe impl bytemuck::Zeroable for Line {}
+#[allow(unsafe_code, reason = "a promise about a type's layout")]
+// SAFETY: as above; every bit pattern is a value.
+unsafe impl bytemuck::Pod for Line {}
+
+/// The longest group for which `Σ (code − zero)·a` surely fits an i32: `(2^31 − 1) / (255 · 127)`.
+const MAX_INT8_GROUP: usize = 66_311;
+
+impl PackedLinear {
+    /// Packs `layer` for the best kernel of this CPU.
+    ///
+    /// # Errors
+    /// As [`with_kernel`](Self::with_kernel).
+    pub fn new<S: AsRef<[u8]>>(layer: &QLinear<S>) -> Result<Self> {
+        Self::pack(layer, isa::best())
+    }
+
+    /// Packs `layer` for the kernel called `name`, one of [`kernels`](crate::kernels): for tests,
+    /// benchmarks and reports of defects.
+    ///
+    /// # Errors
+    /// [`Error::Unsupported`] if there is no such kernel or this CPU lacks its instructions, or if
+    /// activations are int8 and a group has more than 66,311 weights, whose sum might overflow.
+    pub fn with_kernel<S: AsRef<[u8]>>(layer: &QLinear<S>, name: &str) -> Result<Self> {
+        Self::pack(layer, isa::named(name)?)
+    }
+
+    fn pack<S: AsRef<[u8]>>(layer: &QLinear<S>, kernel: &'static Kernel) -> Result<Self> {
+        let weight = layer.weight();
+        let (n, k) = (weight.rows(), weight.cols());
+        let (block_rows, group_size) = weight.block();
+        let groups = k.div_ceil(group_size);
+        if layer.activation().is_some() && group_size > MAX_INT8_GROUP {
+            let what = format!(
+                "int8 activations with groups of {group_size}: at most {MAX_INT8_GROUP} weights may share a scale"
+            );
+            return Err(Error::Unsupported { by: "the int8 kernel", what });
+        }
+        let storage = match weight.scheme().dtype.bits() {
+            ..=4 => Storage::Nibbles,
+            _ => Storage::Bytes,
+        };
+        let panels = n.div_ceil(NR);
+        let steps = storage.steps(group_size, k);
+        let mut packed = Self {
+            n,
+            k,
+            kernel,
+            activation: layer.activation(),
+            bias: layer.bias().map(<[f32]>::to_vec),
+            storage,
+            group: (group_size, groups),
+            codes: vec![Line([0; 64]); panels * steps * (4 * NR / 64)],
+            scales: vec![[0.0; NR]; panels * groups],
+            zeros: vec![[0; NR]; panels * groups],
+        };
+        let mut row_codes = vec![0; k];
+        let panel_bytes = steps * 4 * NR;
+        let codes: &mut [u8] = bytemuck::cast_slice_mut(&mut packed.codes);
+        for row in 0..n {
+            let (panel, lane) = (row / NR, row % NR);
+            weight.unpack_row(row, &mut row_codes)?;
+            let codes = &mut codes[panel * panel_bytes..][..panel_bytes];
+            for (g, group) in row_codes.chunks(group_size).enumerate() {
+                let (scale, zero) = weight.params(row / block_rows, g);
+                packed.scales[panel * groups + g][lane] = scale;
+                packed.zeros[panel * groups + g][lane] = zero;
+                let first = g * storage.steps_of_group(group_size);
+                for (j, &code) in group.iter().enumerate() {
+                    let (step, byte, shift) = storage.place(j);
+                    codes[((first + step) * NR + lane) * 4 + byte] |= code << shift;
+                }
+            }
+        }
+        Ok(packed)
+    }
+
+    /// The kernel this layer is packed for, for example `"avx512_vnni"`.
+    pub fn kernel(&self) -> &'static str {
+        self.kernel.name
+    }
+
+    /// Bytes that the packed weights, scales and zeros take in memory.
+    pub fn packed_bytes(&self) -> usize {
+        size_of_val(&self.codes[..]) + size_of_val(&self.scales[..]) + size_of_val(&self.zeros[..])
+    }
+
+    pub(crate) fn shape(&self) -> (usize, usize) {
+        (self.n, self.k)
+    }
+
+    pub(crate) fn microkernel(&self) -> &'static Kernel {
+        self.kernel
+    }
+
+    pub(crate) fn activation(&self) -> Option<ActivationScheme> {
+        self.activation
+    }
+
+    pub(crate) fn bias(&self) -> Option<&[f32]> {
+        self.bias.as_deref()
+    }
+
+    /// Input features of a full group, and groups of a row.
+    pub(crate) fn group(&self) -> (usize, usize) {
+        self.group
+    }
+
+    /// Input features of a full group once padded to whole steps.
+    pub(crate) fn padded_group(&self) -> usize {
+        self.storage.steps_of_group(self.group.0) * self.storage.k_per_step()
+    }
+
+    /// Input features of a row once every group is padded to whole steps.
+    pub(crate) fn padded_k(&self) -> usize {
+        self.storage.steps(self.group.0, self.k) * self.storage.k_per_step()
+    }
+
+    /// The panel of rows `32·index ..`.
+    pub(crate) fn panel(&self, index: usize) -> Panel<'_> {
+        let bytes = self.padded_k() / self.storage.k_per_step() * 4 * NR;
+        let codes: &[u8] = bytemuck::cast_slice(&self.codes);
+        Panel {
+            codes: &codes[index * bytes..][..bytes],
+            scales: &self.scales[index * self.group.1..][..self.group.1],
+            zeros: &self.zeros[index * self.group.1..][..self.group.1],
+            storage: self.storage,
+            steps: self.storage.steps_of_group(self.group.0),
+        }
+    }
+}
+
+impl core::fmt::Debug for PackedLinear {
+    fn fmt(&self, f: &mut core::fmt::Formatter<'_>) -> core::fmt::Result {
+        f.debug_struct("PackedLinear")
+            .field("kernel", &self.kernel.name)
+            .field("out_features", &self.n)
+            .field("in_features", &self.k)
+            .field("activation", &self.activation)
+            .finish_non_exhaustive()
+    }
+}

@@ -1,0 +1,306 @@
+//! Every kernel of this machine against the reference of lowbit-core.
+
+use std::sync::Arc;
+
+use lowbit_core::{
+    ActivationScheme, Context, Error, Granularity, Linear, Mat, QLinear, QMatrix, QuantScheme,
+};
+use proptest::prelude::*;
+
+use crate::{PackedLinear, kernels};
+
+/// Reproducible numbers in −1..1.
+fn noise(seed: u64) -> impl FnMut() -> f32 {
+    let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
+    move || {
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        (state >> 40) as f32 / (1 << 23) as f32 - 1.0
+    }
+}
+
+#[derive(Clone, Debug)]
+struct Problem {
+    m: usize,
+    n: usize,
+    k: usize,
+    scheme: QuantScheme,
+    activation: Option<ActivationScheme>,
+    bias: bool,
+    /// Every weight and activation at an end of its range.
+    extreme: bool,
+    seed: u64,
+}
+
+impl Problem {
+    fn layer(&self) -> QLinear {
+        let mut noise = noise(self.seed);
+        let mut value = |_, _| {
+            let x = noise();
+            if self.extreme { x.signum() } else { x }
+        };
+        let w = Mat::from_fn(self.n, self.k, &mut value);
+        let bias = self.bias.then(|| (0..self.n).map(|i| value(i, i)).collect());
+        QLinear::new(QMatrix::quantize(w.as_ref(), self.scheme).unwrap())
+            .with_activation(self.activation)
+            .with_bias(bias)
+            .unwrap()
+    }
+
+    fn input(&self) -> Mat<f32> {
+        let mut noise = noise(self.seed ^ 0x5555);
+        Mat::from_fn(self.m, self.k, |_, _| {
+            let x = noise();
+            if self.extreme { x.signum() } else { x * 3.0 }
+        })
+    }
+
+    /// Checks every kernel, sequential and on two threads.
+    fn check(&self) {
+        let (layer, x) = (self.layer(), self.input());
+        let pool = Arc::new(rayon::ThreadPoolBuilder::new().num_threads(2).build().unwrap());
+        let mut expected = Mat::zeros(self.m, self.n);
+        layer.forward(x.as_ref(), expected.as_mut(), &mut Context::new()).unwrap();
+        for kernel in kernels() {
+            let packed = PackedLinear::with_kernel(&layer, kernel).unwrap();
+            let mut y = Mat::from_fn(self.m, self.n, |_, _| f32::NAN);
+            packed.forward(x.as_ref(), y.as_mut(), &mut Context::new()).unwrap();
+            let mut parallel = Mat::from_fn(self.m, self.n, |_, _| f32::NAN);
+            let mut ctx = Context::with_pool(pool.clone());
+            packed.forward(x.as_ref(), parallel.as_mut(), &mut ctx).unwrap();
+            assert_eq!(y, parallel, "{kernel}, {self:?}: thread counts differ");
+            if self.activation.is_some() {
+                assert_eq!(y, expected, "{kernel}, {self:?}");
+            } else {
+                self.check_bound(kernel, &layer, &x, &y, &expected);
+            }
+        }
+    }
+
+    /// `|y − reference| ≤ γ · (Σ|w·x| + |bias|)`: k products and sums of one rounding each, the
+    /// scale, the sums over groups and the bias on top (Higham, Accuracy and Stability of Numerical
+    /// Algorithms, section 3.1).
+    fn check_bound(
+        &self,
+        kernel: &str,
+        layer: &QLinear,
+        x: &Mat<f32>,
+        y: &Mat<f32>,
+        expected: &Mat<f32>,
+    ) {
+        let w = layer.weight().dequantize();
+        let roundings = (2 * self.k + layer.weight().grid().1 + 4) as f64;
+        let u = 2.0_f64.powi(-24);
+        let gamma = roundings * u / (1.0 - roundings * u);
+        for (r, x) in x.as_ref().iter_rows().enumerate() {
+            for (c, w) in w.as_ref().iter_rows().enumerate() {
+                let sum: f64 = w.iter().zip(x).map(|(&w, &x)| f64::from(w * x).abs()).sum();
+                let bias = layer.bias().map_or(0.0, |b| f64::from(b[c]).abs());
+                let (y, expected) = (y.data()[r * self.n + c], expected.data()[r * self.n + c]);
+                let error = (f64::from(y) - f64::from(expected)).abs();
+                assert!(error <= gamma * (sum + bias), "{kernel}, {self:?}: {y} for {expected}");
+            }
+        }
+    }
+}
+
+fn scheme() -> impl Strategy<Value = QuantScheme> {
+    let granularity = prop_oneof![
+        Just(Granularity::PerTensor),
+        Just(Granularity::PerChannel),
+        Just(Granularity::PerColumn),
+        (1..70_usize).prop_map(Granularity::PerGroup),
+        (1..40_usize, 1..40_usize).prop_map(|(r, c)| Granularity::PerBlock(r, c)),
+    ];
+    (1..=8_u8, granularity, any::<bool>()).prop_map(|(bits, granularity, symmetric)| QuantScheme {
+        symmetric,
+        ..QuantScheme::affine(bits, granularity)
+    })
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(192))]
+
+    #[test]
+    fn every_kernel_computes_the_reference(
+        (m, n, k) in (0..9_usize, 0..70_usize, 0..150_usize),
+        scheme in scheme(),
+        int8 in any::<bool>(),
+        bias in any::<bool>(),
+        extreme in any::<bool>(),
+        seed in any::<u64>(),
+    ) {
+        let activation = int8.then_some(ActivationScheme::Int8PerToken);
+        Problem { m, n, k, scheme, activation, bias, extreme, seed }.check();
+    }
+}
+
+#[test]
+fn every_kernel_is_right_around_the_edges_of_tiles_and_steps() {
+    for bits in [3, 4, 5, 8] {
+        for activation in [None, Some(ActivationScheme::Int8PerToken)] {
+            for (m, n, k) in [
+                (1, 1, 1),
+                (3, 31, 7),
+                (4, 32, 8),
+                (5, 33, 9),
+                (8, 64, 64),
+                (65, 65, 127),
+                (129, 40, 24),
+            ] {
+                let scheme = QuantScheme::affine(bits, Granularity::PerGroup(32));
+                Problem { m, n, k, scheme, activation, bias: true, extreme: false, seed: 7 }
+                    .check();
+            }
+        }
+    }
+}
+
+/// 255·127 + 255·127 = 64770 does not fit the i16 that `vpmaddubsw` saturates to.
+#[test]
+fn no_intermediate_saturates() {
+    for bits in [4, 7, 8] {
+        for symmetric in [false, true] {
+            for k in [64, 4096] {
+                let scheme =
+                    QuantScheme { symmetric, ..QuantScheme::affine(bits, Granularity::PerChannel) };
+                let activation = Some(ActivationScheme::Int8PerToken);
+                Problem { m: 2, n: 33, k, scheme, activation, bias: false, extreme: true, seed: 1 }
+                    .check();
+            }
+        }
+    }
+}
+
+#[test]
+fn a_row_has_the_same_bits_in_every_batch() {
+    for activation in [None, Some(ActivationScheme::Int8PerToken)] {
+        let scheme = QuantScheme::affine(4, Granularity::PerGroup(24));
+        let problem = Problem {
+            m: 71,
+            n: 50,
+            k: 100,
+            scheme,
+            activation,
+            bias: true,
+            extreme: false,
+            seed: 3,
+        };
+        let (layer, x) = (problem.layer(), problem.input());
+        for kernel in kernels() {
+            let packed = PackedLinear::with_kernel(&layer, kernel).unwrap();
+            let mut batch = Mat::zeros(71, 50);
+            packed.forward(x.as_ref(), batch.as_mut(), &mut Context::new()).unwrap();
+            for r in 0..71 {
+                let mut alone = Mat::zeros(1, 50);
+                let row = x.as_ref().sub_rows(r..r + 1).unwrap();
+                packed.forward(row, alone.as_mut(), &mut Context::new()).unwrap();
+                assert_eq!(Some(alone.data()), batch.as_ref().row(r), "{kernel}, row {r}");
+            }
+        }
+    }
+}
+
+#[test]
+fn strided_rows_are_read_and_written_in_place() {
+    let scheme = QuantScheme::symmetric(4, Granularity::PerGroup(16));
+    let problem = Problem {
+        m: 5,
+        n: 40,
+        k: 48,
+        scheme,
+        activation: None,
+        bias: true,
+        extreme: false,
+        seed: 9,
+    };
+    let (layer, x) = (problem.layer(), problem.input());
+    let packed = PackedLinear::new(&layer).unwrap();
+    let mut dense = Mat::zeros(5, 40);
+    packed.forward(x.as_ref(), dense.as_mut(), &mut Context::new()).unwrap();
+
+    let wide = Mat::from_fn(5, 60, |r, c| if c < 48 { x.data()[r * 48 + c] } else { f32::NAN });
+    let x = lowbit_core::MatRef::with_row_stride(wide.data(), 5, 48, 60).unwrap();
+    let mut y = vec![-1.0; 5 * 44];
+    let view = lowbit_core::MatMut::with_row_stride(&mut y, 5, 40, 44).unwrap();
+    packed.forward(x, view, &mut Context::new()).unwrap();
+    for (row, expected) in y.chunks(44).zip(dense.as_ref().iter_rows()) {
+        assert_eq!(&row[..40], expected);
+        assert_eq!(row[40..], [-1.0; 4]);
+    }
+}
+
+#[test]
+fn bad_operands_are_errors_and_nothing_is_written() {
+    let scheme = QuantScheme::symmetric(8, Granularity::PerChannel);
+    let activation = Some(ActivationScheme::Int8PerToken);
+    let problem =
+        Problem { m: 3, n: 4, k: 6, scheme, activation, bias: false, extreme: false, seed: 1 };
+    let packed = PackedLinear::new(&problem.layer()).unwrap();
+    let mut x = problem.input();
+    x.data_mut()[2 * 6 + 5] = f32::INFINITY;
+    let mut y = Mat::from_fn(3, 4, |_, _| 5.0);
+    assert_eq!(
+        packed.forward(x.as_ref(), y.as_mut(), &mut Context::new()),
+        Err(Error::NotFinite { what: "activation", row: 2, col: 5 })
+    );
+    let narrow = Mat::zeros(3, 5);
+    assert_eq!(
+        packed.forward(narrow.as_ref(), y.as_mut(), &mut Context::new()),
+        Err(Error::Shape { what: "input", expected: (3, 6), got: (3, 5) })
+    );
+    let mut short = Mat::zeros(2, 4);
+    assert!(packed.forward(x.as_ref(), short.as_mut(), &mut Context::new()).is_err());
+    assert!(y.data().iter().all(|&y| y == 5.0));
+}
+
+#[test]
+fn a_kernel_that_is_not_there_is_an_error_that_lists_those_that_are() {
+    let scheme = QuantScheme::symmetric(8, Granularity::PerChannel);
+    let problem = Problem {
+        m: 1,
+        n: 1,
+        k: 1,
+        scheme,
+        activation: None,
+        bias: false,
+        extreme: false,
+        seed: 1,
+    };
+    let error = PackedLinear::with_kernel(&problem.layer(), "abacus").unwrap_err().to_string();
+    assert!(error.contains("abacus") && error.contains("scalar"), "{error}");
+}
+
+#[test]
+fn a_group_whose_integer_sum_might_overflow_is_refused() {
+    let w = Mat::zeros(1, 66_312);
+    let q =
+        QMatrix::quantize(w.as_ref(), QuantScheme::symmetric(8, Granularity::PerChannel)).unwrap();
+    let layer = QLinear::new(q);
+    assert!(PackedLinear::new(&layer).is_ok());
+    let int8 = layer.with_activation(Some(ActivationScheme::Int8PerToken));
+    assert!(matches!(PackedLinear::new(&int8), Err(Error::Unsupported { .. })));
+}
+
+/// The table says which kernels a run has covered; a test run shows it with `--nocapture`.
+#[test]
+fn scalar_is_always_covered() {
+    println!("kernels covered: {}", kernels().collect::<Vec<_>>().join(", "));
+    assert!(kernels().any(|name| name == "scalar"));
+}
+
+#[test]
+fn matrices_without_elements_are_multiplied_too() {
+    for (m, n, k) in [(0, 0, 0), (0, 3, 4), (2, 0, 4), (2, 3, 0)] {
+        for granularity in
+            [Granularity::PerTensor, Granularity::PerColumn, Granularity::PerGroup(8)]
+        {
+            for activation in [None, Some(ActivationScheme::Int8PerToken)] {
+                let scheme = QuantScheme::affine(4, granularity);
+                Problem { m, n, k, scheme, activation, bias: true, extreme: false, seed: 1 }
+                    .check();
+            }
+        }
+    }
+}

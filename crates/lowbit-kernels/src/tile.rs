@@ -1,0 +1,286 @@
+//! The loop nest that every kernel shares, over the few instructions in which they differ.
+
+/// Output features of a panel. Two vectors of AVX-512, four of AVX2.
+pub(crate) const NR: usize = 32;
+
+/// Rows of activations that one tile takes at most.
+pub(crate) const MR: usize = 4;
+
+/// How a panel holds its codes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Storage {
+    /// A byte each, for 5 to 8 bits. A step is 4 input features.
+    Bytes,
+    /// Two to a byte, for 1 to 4 bits. A step is 8 input features: byte `j` of a row's four holds
+    /// feature `j` in its low and feature `4 + j` in its high half.
+    Nibbles,
+}
+
+impl Storage {
+    /// Input features whose codes fill the four bytes that a row has in a step.
+    pub(crate) const fn k_per_step(self) -> usize {
+        match self {
+            Self::Bytes => 4,
+            Self::Nibbles => 8,
+        }
+    }
+
+    /// Steps of a group of `group_size`, the last one padded.
+    pub(crate) const fn steps_of_group(self, group_size: usize) -> usize {
+        group_size.div_ceil(self.k_per_step())
+    }
+
+    /// Steps of a row of `k` in groups of `group_size`, the last group short or not.
+    pub(crate) const fn steps(self, group_size: usize, k: usize) -> usize {
+        k / group_size * self.steps_of_group(group_size) + self.steps_of_group(k % group_size)
+    }
+
+    /// Step, byte and shift of the `j`th code of a group.
+    pub(crate) const fn place(self, j: usize) -> (usize, usize, u32) {
+        let within = j % self.k_per_step();
+        (j / self.k_per_step(), within % 4, if within < 4 { 0 } else { 4 })
+    }
+}
+
+/// The packed weights of [`NR`] output features.
+pub(crate) struct Panel<'a> {
+    /// `[steps of all groups][NR][4]`
+    pub(crate) codes: &'a [u8],
+    /// `[groups][NR]`
+    pub(crate) scales: &'a [[f32; NR]],
+    /// `[groups][NR]`
+    pub(crate) zeros: &'a [[u8; NR]],
+    pub(crate) storage: Storage,
+    /// Steps of a full group.
+    pub(crate) steps: usize,
+}
+
+/// One row of int8 activations, each group padded with zeros to whole steps.
+#[derive(Clone, Copy)]
+pub(crate) struct Int8Row<'a> {
+    pub(crate) codes: &'a [i8],
+    /// `Σ codes` of each group.
+    pub(crate) sums: &'a [i32],
+}
+
+/// What a kernel has to bring: vectors of `L` lanes, one output feature each.
+///
+/// A value is the proof that this CPU has the instructions.
+pub(crate) trait Isa<const L: usize>: Copy {
+    type I32: Copy;
+    type F32: Copy;
+
+    /// What [`dot_bytes`](Self::dot_bytes) subtracts from each code.
+    const BYTES_OFFSET: i32;
+
+    fn zero_i32(self) -> Self::I32;
+    fn zero_f32(self) -> Self::F32;
+    fn load_codes(self, codes: &[[u8; 4]; L]) -> Self::I32;
+    /// `zeros − offset`
+    fn load_zeros(self, zeros: &[u8; L], offset: i32) -> Self::I32;
+    fn load_f32(self, x: &[f32; L]) -> Self::F32;
+    fn store_f32(self, x: Self::F32, to: &mut [f32; L]);
+    fn splat_a(self, a: [i8; 4]) -> Self::I32;
+    fn splat_f32(self, x: f32) -> Self::F32;
+
+    /// The low and the high halves of all bytes.
+    fn nibbles(self, codes: Self::I32) -> (Self::I32, Self::I32);
+
+    /// `acc + Σ_{i<4} code_i·a_i` in every lane, exactly. Codes lie in 0..=15.
+    fn dot_nibbles(self, acc: Self::I32, codes: Self::I32, a: Self::I32) -> Self::I32;
+
+    /// `acc + Σ_{i<4} (code_i − BYTES_OFFSET)·a_i` in every lane, exactly. Codes lie in 0..=255.
+    fn dot_bytes(self, acc: Self::I32, codes: Self::I32, a: Self::I32) -> Self::I32;
+
+    /// `acc + f32(dot − zero·sum)·scale`, product and sum rounded one after the other.
+    fn flush(
+        self,
+        acc: Self::F32,
+        dot: Self::I32,
+        zero: Self::I32,
+        sum: i32,
+        scale: Self::F32,
+    ) -> Self::F32;
+
+    /// `f32((codes >> shift) & mask)`
+    fn level<const SHIFT: u32, const MASK: i32>(self, codes: Self::I32) -> Self::F32;
+
+    fn to_f32(self, x: Self::I32) -> Self::F32;
+    fn sub(self, a: Self::F32, b: Self::F32) -> Self::F32;
+
+    /// `acc + a·b`, fused where the CPU can.
+    fn mul_add(self, acc: Self::F32, a: Self::F32, b: Self::F32) -> Self::F32;
+}
+
+/// `out[row] = Σ_groups scale·Σ (code − zero)·a` for one panel and up to [`MR`] rows.
+#[inline(always)]
+pub(crate) fn int8<V: Isa<L>, const NV: usize, const L: usize>(
+    isa: V,
+    panel: &Panel<'_>,
+    rows: &[Int8Row<'_>],
+    out: &mut [[f32; NR]],
+) {
+    match (<&[_; MR]>::try_from(rows), <&mut [_; MR]>::try_from(&mut *out)) {
+        (Ok(rows), Ok(out)) => int8_rows::<V, MR, NV, L>(isa, panel, rows, out),
+        _ => {
+            for (row, out) in rows.iter().zip(out) {
+                int8_rows::<V, 1, NV, L>(isa, panel, &[*row], core::array::from_mut(out));
+            }
+        }
+    }
+}
+
+#[inline(always)]
+fn int8_rows<V: Isa<L>, const R: usize, const NV: usize, const L: usize>(
+    isa: V,
+    panel: &Panel<'_>,
+    rows: &[Int8Row<'_>; R],
+    out: &mut [[f32; NR]; R],
+) {
+    let mut total = [[isa.zero_f32(); NV]; R];
+    let groups = panel.codes.chunks(panel.steps * 4 * NR).zip(panel.scales).zip(panel.zeros);
+    for (g, ((codes, scales), zeros)) in groups.enumerate() {
+        let codes: &[[[[u8; 4]; L]; NV]] = bytemuck::cast_slice(codes);
+        let (scales, zeros): (&[[f32; L]], &[[u8; L]]) =
+            (bytemuck::cast_slice(scales), bytemuck::cast_slice(zeros));
+        let first = g * panel.steps * panel.storage.k_per_step();
+        let len = codes.len() * panel.storage.k_per_step();
+        let mut dots = [[isa.zero_i32(); NV]; R];
+        let offset = match panel.storage {
+            Storage::Nibbles => {
+                let a = rows
+                    .map(|row| bytemuck::cast_slice::<_, [[i8; 4]; 2]>(&row.codes[first..][..len]));
+                let a = a.map(|a| &a[..codes.len()]);
+                for (s, codes) in codes.iter().enumerate() {
+                    let codes = codes.each_ref().map(|c| isa.nibbles(isa.load_codes(c)));
+                    for (dots, a) in dots.iter_mut().zip(&a) {
+                        let [low, high] = a[s].map(|a| isa.splat_a(a));
+                        for (dot, codes) in dots.iter_mut().zip(&codes) {
+                            *dot = isa.dot_nibbles(*dot, codes.0, low);
+                            *dot = isa.dot_nibbles(*dot, codes.1, high);
+                        }
+                    }
+                }
+                0
+            }
+            Storage::Bytes => {
+                let a =
+                    rows.map(|row| bytemuck::cast_slice::<_, [i8; 4]>(&row.codes[first..][..len]));
+                let a = a.map(|a| &a[..codes.len()]);
+                for (s, codes) in codes.iter().enumerate() {
+                    let codes = codes.each_ref().map(|c| isa.load_codes(c));
+                    for (dots, a) in dots.iter_mut().zip(&a) {
+                        let a = isa.splat_a(a[s]);
+                        for (dot, &codes) in dots.iter_mut().zip(&codes) {
+                            *dot = isa.dot_bytes(*dot, codes, a);
+                        }
+                    }
+                }
+                V::BYTES_OFFSET
+            }
+        };
+        for v in 0..NV {
+            let scale = isa.load_f32(&scales[v]);
+            let zero = isa.load_zeros(&zeros[v], offset);
+            for r in 0..R {
+                total[r][v] = isa.flush(total[r][v], dots[r][v], zero, rows[r].sums[g], scale);
+            }
+        }
+    }
+    store(isa, total, out);
+}
+
+/// `out[row] = Σ_groups scale·Σ (code − zero)·x` for one panel and up to [`MR`] rows, each group
+/// of a row padded with zeros to whole steps.
+#[inline(always)]
+pub(crate) fn f32<V: Isa<L>, const NV: usize, const L: usize>(
+    isa: V,
+    panel: &Panel<'_>,
+    rows: &[&[f32]],
+    out: &mut [[f32; NR]],
+) {
+    match (<&[_; MR]>::try_from(rows), <&mut [_; MR]>::try_from(&mut *out)) {
+        (Ok(rows), Ok(out)) => f32_rows::<V, MR, NV, L>(isa, panel, rows, out),
+        _ => {
+            for (row, out) in rows.iter().zip(out) {
+                f32_rows::<V, 1, NV, L>(isa, panel, &[row], core::array::from_mut(out));
+            }
+        }
+    }
+}
+
+#[inline(always)]
+fn f32_rows<V: Isa<L>, const R: usize, const NV: usize, const L: usize>(
+    isa: V,
+    panel: &Panel<'_>,
+    rows: &[&[f32]; R],
+    out: &mut [[f32; NR]; R],
+) {
+    let mut total = [[isa.zero_f32(); NV]; R];
+    let groups = panel.codes.chunks(panel.steps * 4 * NR).zip(panel.scales).zip(panel.zeros);
+    for (g, ((codes, scales), zeros)) in groups.enumerate() {
+        let codes: &[[[[u8; 4]; L]; NV]] = bytemuck::cast_slice(codes);
+        let (scales, zeros): (&[[f32; L]], &[[u8; L]]) =
+            (bytemuck::cast_slice(scales), bytemuck::cast_slice(zeros));
+        let zeros: [V::F32; NV] =
+            core::array::from_fn(|v| isa.to_f32(isa.load_zeros(&zeros[v], 0)));
+        let first = g * panel.steps * panel.storage.k_per_step();
+        let len = codes.len() * panel.storage.k_per_step();
+        let x = rows.map(|row| &row[first..][..len]);
+        let mut sums = [[isa.zero_f32(); NV]; R];
+        // One output feature is one lane and adds from left to right, whatever R and NV are.
+        macro_rules! step {
+            ($x:ident, $codes:ident, $($j:literal: $shift:literal, $mask:literal;)*) => {$(
+                let levels: [V::F32; NV] = core::array::from_fn(|v| {
+                    isa.sub(isa.level::<$shift, $mask>($codes[v]), zeros[v])
+                });
+                for (sums, x) in sums.iter_mut().zip(&$x) {
+                    let x = isa.splat_f32(x[$j]);
+                    for (sum, &level) in sums.iter_mut().zip(&levels) {
+                        *sum = isa.mul_add(*sum, x, level);
+                    }
+                }
+            )*};
+        }
+        match panel.storage {
+            Storage::Nibbles => {
+                let x = x.map(|x| &bytemuck::cast_slice::<_, [f32; 8]>(x)[..codes.len()]);
+                for (s, codes) in codes.iter().enumerate() {
+                    let codes = codes.each_ref().map(|c| isa.load_codes(c));
+                    let x = x.map(|x| &x[s]);
+                    step!(x, codes, 0: 0, 15; 1: 8, 15; 2: 16, 15; 3: 24, 15;
+                                    4: 4, 15; 5: 12, 15; 6: 20, 15; 7: 28, 15;);
+                }
+            }
+            Storage::Bytes => {
+                let x = x.map(|x| &bytemuck::cast_slice::<_, [f32; 4]>(x)[..codes.len()]);
+                for (s, codes) in codes.iter().enumerate() {
+                    let codes = codes.each_ref().map(|c| isa.load_codes(c));
+                    let x = x.map(|x| &x[s]);
+                    step!(x, codes, 0: 0, 255; 1: 8, 255; 2: 16, 255; 3: 24, 255;);
+                }
+            }
+        }
+        for v in 0..NV {
+            let scale = isa.load_f32(&scales[v]);
+            for r in 0..R {
+                total[r][v] = isa.mul_add(total[r][v], sums[r][v], scale);
+            }
+        }
+    }
+    store(isa, total, out);
+}
+
+#[inline(always)]
+fn store<V: Isa<L>, const R: usize, const NV: usize, const L: usize>(
+    isa: V,
+    total: [[V::F32; NV]; R],
+    out: &mut [[f32; NR]; R],
+) {
+    for (out, total) in out.iter_mut().zip(total) {
+        let out: &mut [[f32; L]] = bytemuck::cast_slice_mut(out);
+        for (out, total) in out.iter_mut().zip(total) {
+            isa.store_f32(total, out);
+        }
+    }
+}
