@@ -1,0 +1,4 @@
+//! The public surface against tables, golden vectors and a slow exact model.
+
+mod codec;
+mod reference;
