@@ -75,7 +75,7 @@ pub enum Error {
         /// Column of the first such value.
         col: usize,
     },
-    /// A scale beyond the largest number of its format.
+    /// A scale beyond the largest number of its format, or one whose outermost level is beyond f32.
     #[error(
         "scale {scale:e} of the block at row {row}, column {col} overflows {format:?}; choose a wider scale format"
     )]
@@ -89,6 +89,9 @@ pub enum Error {
         /// First column of the block.
         col: usize,
     },
+    /// A conversion of numbers or packed codes refused its operands.
+    #[error(transparent)]
+    Dtype(#[from] lowbit_dtypes::Error),
     /// A combination that the callee cannot compute.
     #[error("{by} does not support {what}")]
     Unsupported {

@@ -28,7 +28,6 @@
 extern crate alloc;
 
 mod activation;
-mod bits;
 mod context;
 mod error;
 mod linear;

@@ -1,6 +1,8 @@
 use alloc::{vec, vec::Vec};
 
-use crate::{Error, Mat, MatRef, QuantScheme, Result, bits};
+use lowbit_dtypes::{pack, packed_len, unpack};
+
+use crate::{Error, Mat, MatRef, QuantScheme, Result};
 
 /// A quantized `(out_features, in_features)` weight matrix: bit-packed codes, scales and zeros.
 ///
@@ -64,7 +66,7 @@ impl QMatrix {
         }
         let (n, k) = w.shape();
         let layout = Layout::new(n, k, scheme)?;
-        let bits = scheme.dtype.bits();
+        let bits = u32::from(scheme.dtype.bits());
         let max_code = f32::from(scheme.dtype.max_code());
         let mut codes = vec![0; layout.codes];
         let mut scales = vec![0; layout.scales];
@@ -98,16 +100,17 @@ impl QMatrix {
                     0.0 if lo == 0.0 && hi == 0.0 => 1.0,
                     _ => scheme.scale_format.round(exact.max(f32::from_bits(1))),
                 };
-                if !scale.is_finite() {
-                    let (row, col) = (first, b * layout.block.1);
-                    let format = scheme.scale_format;
-                    return Err(Error::ScaleOverflow { scale: exact, format, row, col });
-                }
                 let zero = if scheme.symmetric {
                     f32::from(scheme.midpoint())
                 } else {
                     round((-lo / scale).min(max_code))
                 };
+                // Both ends of the range must be numbers: the lowest level is −zero · scale.
+                if !(scale * zero.max(max_code - zero)).is_finite() {
+                    let (row, col) = (first, b * layout.block.1);
+                    let format = scheme.scale_format;
+                    return Err(Error::ScaleOverflow { scale: exact, format, row, col });
+                }
                 let at = (block_row * layout.grid.1 + b) * scheme.scale_format.bytes();
                 scheme.scale_format.write(scale, &mut scales[at..at + scheme.scale_format.bytes()]);
                 *range = (scale, zero);
@@ -116,8 +119,8 @@ impl QMatrix {
                 for (z, range) in row_zeros.iter_mut().zip(&ranges) {
                     *z = range.1 as u8;
                 }
-                let stride = bits::packed_len(layout.grid.1, bits);
-                bits::pack(&row_zeros, bits, &mut zeros[block_row * stride..][..stride]);
+                let stride = packed_len(layout.grid.1, bits);
+                pack(bits, &row_zeros, &mut zeros[block_row * stride..][..stride])?;
             }
 
             for r in rows {
@@ -130,7 +133,7 @@ impl QMatrix {
                         *code = (round(steps) + zero).clamp(0.0, max_code) as u8;
                     }
                 }
-                bits::pack(&row_codes, bits, &mut codes[r * layout.stride..][..layout.stride]);
+                pack(bits, &row_codes, &mut codes[r * layout.stride..][..layout.stride])?;
             }
         }
         let zeros = (!scheme.symmetric).then_some(zeros);
@@ -223,9 +226,9 @@ impl<S: AsRef<[u8]>> QMatrix<S> {
         let zero = match self.zeros() {
             None => self.scheme.midpoint(),
             Some(zeros) => {
-                let bits = self.scheme.dtype.bits();
-                let stride = bits::packed_len(grid_cols, bits);
-                bits::get(&zeros[block_row * stride..][..stride], bits, block_col)
+                let bits = u32::from(self.scheme.dtype.bits());
+                let stride = packed_len(grid_cols, bits);
+                field(&zeros[block_row * stride..][..stride], bits, block_col)
             }
         };
         (scale, zero)
@@ -260,9 +263,9 @@ impl<S: AsRef<[u8]>> QMatrix<S> {
                 got: self.rows,
             });
         }
-        let bits = self.scheme.dtype.bits();
-        let stride = bits::packed_len(self.cols, bits);
-        bits::unpack(&self.codes()[r * stride..][..stride], bits, to);
+        let bits = u32::from(self.scheme.dtype.bits());
+        let stride = packed_len(self.cols, bits);
+        unpack(bits, &self.codes()[r * stride..][..stride], to)?;
         Ok(())
     }
 
@@ -320,14 +323,22 @@ impl Layout {
         {
             return Err(too_large);
         }
-        let bits = scheme.dtype.bits();
+        let bits = u32::from(scheme.dtype.bits());
         let block = scheme.granularity.block(rows, cols);
         let grid = scheme.granularity.grid(rows, cols);
-        let stride = bits::packed_len(cols, bits);
-        let zeros = if scheme.symmetric { 0 } else { grid.0 * bits::packed_len(grid.1, bits) };
+        let stride = packed_len(cols, bits);
+        let zeros = if scheme.symmetric { 0 } else { grid.0 * packed_len(grid.1, bits) };
         let scales = grid.0 * grid.1 * scheme.scale_format.bytes();
         Ok(Self { block, grid, stride, codes: rows * stride, scales, zeros })
     }
+}
+
+/// The code of `bits` bits at `index`, in the order of [`unpack`].
+fn field(packed: &[u8], bits: u32, index: usize) -> u8 {
+    let bit = index * bits as usize;
+    let byte = |i: usize| u16::from(packed.get(i).copied().unwrap_or(0));
+    let word = byte(bit / 8) | byte(bit / 8 + 1) << 8;
+    (word >> (bit % 8)) as u8 & ((1_u16 << bits) - 1) as u8
 }
 
 /// Nearest integer, ties to even, for `|x| < 2^22` and the default rounding mode.
@@ -337,4 +348,27 @@ impl Layout {
 pub(crate) fn round(x: f32) -> f32 {
     const MAGIC: f32 = 12_582_912.0; // 1.5 · 2^23: the sum has a unit of exactly 1
     (x + MAGIC) - MAGIC
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_single_field_is_what_unpacking_the_row_gives() {
+        for bits in 1..=8 {
+            let codes: Vec<u8> =
+                (0..23).map(|i| (i * 37 + 11) as u8 & ((1_u16 << bits) - 1) as u8).collect();
+            let mut packed = vec![0; packed_len(codes.len(), bits)];
+            pack(bits, &codes, &mut packed).unwrap();
+            assert!(codes.iter().enumerate().all(|(i, &code)| field(&packed, bits, i) == code));
+        }
+    }
+
+    #[test]
+    fn rounding_is_to_nearest_even() {
+        for x in [0.5, 1.5, 2.5, -0.5, -1.5, 0.499_999_97, 127.5, -127.5, 511.499_97] {
+            assert_eq!(round(x), x.round_ties_even(), "{x}");
+        }
+    }
 }
