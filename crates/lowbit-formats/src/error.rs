@@ -1,0 +1,57 @@
+use crate::Dtype;
+
+/// What can be wrong with a checkpoint file. Messages name the file and the tensor.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// The file ends too early.
+    #[error(
+        "{file}: expected {expected} bytes, got {got}: the file is truncated, copy or download it again"
+    )]
+    Truncated {
+        /// The file.
+        file: String,
+        /// Bytes that the file should have, or at least.
+        expected: u64,
+        /// Bytes that it has.
+        got: u64,
+    },
+    /// The file is not what its name says.
+    #[error("{file}: expected a {format} file, but {reason}")]
+    Malformed {
+        /// The file.
+        file: String,
+        /// The container it should be.
+        format: &'static str,
+        /// What contradicts that.
+        reason: String,
+    },
+    /// A tensor's entry in the header contradicts itself or the file.
+    #[error("{file}: tensor {tensor}: {reason}")]
+    Tensor {
+        /// The file.
+        file: String,
+        /// The tensor.
+        tensor: String,
+        /// What is expected and what is there.
+        reason: String,
+    },
+    /// There is no tensor of that name.
+    #[error("{file}: tensor {tensor} is missing")]
+    Missing {
+        /// The file.
+        file: String,
+        /// The tensor.
+        tensor: String,
+    },
+    /// A tensor of numbers that are not weights.
+    #[error("{file}: tensor {tensor} is {got}, expected F32, F16 or BF16: convert the checkpoint")]
+    Dtype {
+        /// The file.
+        file: String,
+        /// The tensor.
+        tensor: String,
+        /// The type found.
+        got: Dtype,
+    },
+}
