@@ -3,8 +3,8 @@
 /// Output features of a panel. Two vectors of AVX-512, four of AVX2.
 pub(crate) const NR: usize = 32;
 
-/// Rows of activations that one tile takes at most.
-pub(crate) const MR: usize = 4;
+/// Rows of activations that a kernel is given at most; it takes them in tiles of its own height `R`.
+pub(crate) const MR: usize = 8;
 
 /// How a panel holds its codes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -113,173 +113,210 @@ pub(crate) trait Isa<const L: usize>: Copy {
 }
 
 /// `out[row] = Σ_groups scale·Σ (code − zero)·a` for one panel and up to [`MR`] rows.
+///
+/// Tiles have `R` rows by `NV` vectors, as many as there are registers for; `H` of them side by side
+/// make a panel. Rows that are left over go one by one, with all `PANEL` vectors of a panel.
 #[inline(always)]
-pub(crate) fn int8<V: Isa<L>, const NV: usize, const L: usize>(
+pub(crate) fn int8<
+    V: Isa<L>,
+    const R: usize,
+    const H: usize,
+    const NV: usize,
+    const PANEL: usize,
+    const L: usize,
+>(
     isa: V,
     panel: &Panel<'_>,
     rows: &[Int8Row<'_>],
     out: &mut [[f32; NR]],
 ) {
-    match (<&[_; MR]>::try_from(rows), <&mut [_; MR]>::try_from(&mut *out)) {
-        (Ok(rows), Ok(out)) => int8_rows::<V, MR, NV, L>(isa, panel, rows, out),
-        _ => {
-            for (row, out) in rows.iter().zip(out) {
-                int8_rows::<V, 1, NV, L>(isa, panel, &[*row], core::array::from_mut(out));
-            }
-        }
+    let ((full, rest), (full_out, rest_out)) = (rows.as_chunks::<R>(), out.as_chunks_mut::<R>());
+    for (rows, out) in full.iter().zip(full_out) {
+        int8_rows::<V, R, H, NV, L>(isa, panel, rows, out);
+    }
+    for (row, out) in rest.iter().zip(rest_out) {
+        int8_rows::<V, 1, 1, PANEL, L>(isa, panel, &[*row], core::array::from_mut(out));
     }
 }
 
 #[inline(always)]
-fn int8_rows<V: Isa<L>, const R: usize, const NV: usize, const L: usize>(
+fn int8_rows<V: Isa<L>, const R: usize, const H: usize, const NV: usize, const L: usize>(
     isa: V,
     panel: &Panel<'_>,
     rows: &[Int8Row<'_>; R],
     out: &mut [[f32; NR]; R],
 ) {
-    let mut total = [[isa.zero_f32(); NV]; R];
-    let groups = panel.codes.chunks(panel.steps * 4 * NR).zip(panel.scales).zip(panel.zeros);
-    for (g, ((codes, scales), zeros)) in groups.enumerate() {
-        let codes: &[[[[u8; 4]; L]; NV]] = bytemuck::cast_slice(codes);
-        let (scales, zeros): (&[[f32; L]], &[[u8; L]]) =
-            (bytemuck::cast_slice(scales), bytemuck::cast_slice(zeros));
-        let first = g * panel.steps * panel.storage.k_per_step();
-        let len = codes.len() * panel.storage.k_per_step();
-        let mut dots = [[isa.zero_i32(); NV]; R];
-        let offset = match panel.storage {
-            Storage::Nibbles => {
-                let a = rows
-                    .map(|row| bytemuck::cast_slice::<_, [[i8; 4]; 2]>(&row.codes[first..][..len]));
-                let a = a.map(|a| &a[..codes.len()]);
-                for (s, codes) in codes.iter().enumerate() {
-                    let codes = codes.each_ref().map(|c| isa.nibbles(isa.load_codes(c)));
-                    for (dots, a) in dots.iter_mut().zip(&a) {
-                        let [low, high] = a[s].map(|a| isa.splat_a(a));
-                        for (dot, codes) in dots.iter_mut().zip(&codes) {
-                            *dot = isa.dot_nibbles(*dot, codes.0, low);
-                            *dot = isa.dot_nibbles(*dot, codes.1, high);
+    for h in 0..H {
+        let mut total = [[isa.zero_f32(); NV]; R];
+        let groups = panel.codes.chunks(panel.steps * 4 * NR).zip(panel.scales).zip(panel.zeros);
+        for (g, ((codes, scales), zeros)) in groups.enumerate() {
+            let codes: &[[[[[u8; 4]; L]; NV]; H]] = bytemuck::cast_slice(codes);
+            let scales: &[[[f32; L]; NV]] = bytemuck::cast_slice(scales);
+            let zeros: &[[[u8; L]; NV]] = bytemuck::cast_slice(zeros);
+            let (scales, zeros) = (&scales[h], &zeros[h]);
+            let first = g * panel.steps * panel.storage.k_per_step();
+            let len = codes.len() * panel.storage.k_per_step();
+            let mut dots = [[isa.zero_i32(); NV]; R];
+            let offset = match panel.storage {
+                Storage::Nibbles => {
+                    let mut a: [&[[[i8; 4]; 2]]; R] = [&[]; R];
+                    for (a, row) in a.iter_mut().zip(rows) {
+                        *a = &bytemuck::cast_slice(&row.codes[first..][..len])[..codes.len()];
+                    }
+                    for (s, codes) in codes.iter().enumerate() {
+                        let mut halves = [(isa.zero_i32(), isa.zero_i32()); NV];
+                        for (halves, codes) in halves.iter_mut().zip(&codes[h]) {
+                            *halves = isa.nibbles(isa.load_codes(codes));
+                        }
+                        for (dots, a) in dots.iter_mut().zip(&a) {
+                            let (low, high) = (isa.splat_a(a[s][0]), isa.splat_a(a[s][1]));
+                            for (dot, halves) in dots.iter_mut().zip(&halves) {
+                                *dot = isa.dot_nibbles(*dot, halves.0, low);
+                                *dot = isa.dot_nibbles(*dot, halves.1, high);
+                            }
                         }
                     }
+                    0
                 }
-                0
-            }
-            Storage::Bytes => {
-                let a =
-                    rows.map(|row| bytemuck::cast_slice::<_, [i8; 4]>(&row.codes[first..][..len]));
-                let a = a.map(|a| &a[..codes.len()]);
-                for (s, codes) in codes.iter().enumerate() {
-                    let codes = codes.each_ref().map(|c| isa.load_codes(c));
-                    for (dots, a) in dots.iter_mut().zip(&a) {
-                        let a = isa.splat_a(a[s]);
-                        for (dot, &codes) in dots.iter_mut().zip(&codes) {
-                            *dot = isa.dot_bytes(*dot, codes, a);
+                Storage::Bytes => {
+                    let mut a: [&[[i8; 4]]; R] = [&[]; R];
+                    for (a, row) in a.iter_mut().zip(rows) {
+                        *a = &bytemuck::cast_slice(&row.codes[first..][..len])[..codes.len()];
+                    }
+                    for (s, codes) in codes.iter().enumerate() {
+                        let mut loaded = [isa.zero_i32(); NV];
+                        for (loaded, codes) in loaded.iter_mut().zip(&codes[h]) {
+                            *loaded = isa.load_codes(codes);
+                        }
+                        for (dots, a) in dots.iter_mut().zip(&a) {
+                            let a = isa.splat_a(a[s]);
+                            for (dot, &codes) in dots.iter_mut().zip(&loaded) {
+                                *dot = isa.dot_bytes(*dot, codes, a);
+                            }
                         }
                     }
+                    V::BYTES_OFFSET
                 }
-                V::BYTES_OFFSET
-            }
-        };
-        for v in 0..NV {
-            let scale = isa.load_f32(&scales[v]);
-            let zero = isa.load_zeros(&zeros[v], offset);
-            for r in 0..R {
-                total[r][v] = isa.flush(total[r][v], dots[r][v], zero, rows[r].sums[g], scale);
+            };
+            for v in 0..NV {
+                let scale = isa.load_f32(&scales[v]);
+                let zero = isa.load_zeros(&zeros[v], offset);
+                for r in 0..R {
+                    total[r][v] = isa.flush(total[r][v], dots[r][v], zero, rows[r].sums[g], scale);
+                }
             }
         }
+        store(isa, h, total, out);
     }
-    store(isa, total, out);
 }
 
 /// `out[row] = Σ_groups scale·Σ (code − zero)·x` for one panel and up to [`MR`] rows, each group
 /// of a row padded with zeros to whole steps.
 #[inline(always)]
-pub(crate) fn f32<V: Isa<L>, const NV: usize, const L: usize>(
+pub(crate) fn f32<
+    V: Isa<L>,
+    const R: usize,
+    const H: usize,
+    const NV: usize,
+    const PANEL: usize,
+    const L: usize,
+>(
     isa: V,
     panel: &Panel<'_>,
     rows: &[&[f32]],
     out: &mut [[f32; NR]],
 ) {
-    match (<&[_; MR]>::try_from(rows), <&mut [_; MR]>::try_from(&mut *out)) {
-        (Ok(rows), Ok(out)) => f32_rows::<V, MR, NV, L>(isa, panel, rows, out),
-        _ => {
-            for (row, out) in rows.iter().zip(out) {
-                f32_rows::<V, 1, NV, L>(isa, panel, &[row], core::array::from_mut(out));
-            }
-        }
+    let ((full, rest), (full_out, rest_out)) = (rows.as_chunks::<R>(), out.as_chunks_mut::<R>());
+    for (rows, out) in full.iter().zip(full_out) {
+        f32_rows::<V, R, H, NV, L>(isa, panel, rows, out);
+    }
+    for (row, out) in rest.iter().zip(rest_out) {
+        f32_rows::<V, 1, 1, PANEL, L>(isa, panel, &[row], core::array::from_mut(out));
     }
 }
 
 #[inline(always)]
-fn f32_rows<V: Isa<L>, const R: usize, const NV: usize, const L: usize>(
+fn f32_rows<V: Isa<L>, const R: usize, const H: usize, const NV: usize, const L: usize>(
     isa: V,
     panel: &Panel<'_>,
     rows: &[&[f32]; R],
     out: &mut [[f32; NR]; R],
 ) {
-    let mut total = [[isa.zero_f32(); NV]; R];
-    let groups = panel.codes.chunks(panel.steps * 4 * NR).zip(panel.scales).zip(panel.zeros);
-    for (g, ((codes, scales), zeros)) in groups.enumerate() {
-        let codes: &[[[[u8; 4]; L]; NV]] = bytemuck::cast_slice(codes);
-        let (scales, zeros): (&[[f32; L]], &[[u8; L]]) =
-            (bytemuck::cast_slice(scales), bytemuck::cast_slice(zeros));
-        let zeros: [V::F32; NV] =
-            core::array::from_fn(|v| isa.to_f32(isa.load_zeros(&zeros[v], 0)));
-        let first = g * panel.steps * panel.storage.k_per_step();
-        let len = codes.len() * panel.storage.k_per_step();
-        let x = rows.map(|row| &row[first..][..len]);
-        let mut sums = [[isa.zero_f32(); NV]; R];
-        // One output feature is one lane and adds from left to right, whatever R and NV are.
-        macro_rules! step {
-            ($x:ident, $codes:ident, $($j:literal: $shift:literal, $mask:literal;)*) => {$(
-                let levels: [V::F32; NV] = core::array::from_fn(|v| {
-                    isa.sub(isa.level::<$shift, $mask>($codes[v]), zeros[v])
-                });
-                for (sums, x) in sums.iter_mut().zip(&$x) {
-                    let x = isa.splat_f32(x[$j]);
-                    for (sum, &level) in sums.iter_mut().zip(&levels) {
-                        *sum = isa.mul_add(*sum, x, level);
+    for h in 0..H {
+        let mut total = [[isa.zero_f32(); NV]; R];
+        let groups = panel.codes.chunks(panel.steps * 4 * NR).zip(panel.scales).zip(panel.zeros);
+        for (g, ((codes, scales), zeros)) in groups.enumerate() {
+            let codes: &[[[[[u8; 4]; L]; NV]; H]] = bytemuck::cast_slice(codes);
+            let scales: &[[[f32; L]; NV]] = bytemuck::cast_slice(scales);
+            let zeros: &[[[u8; L]; NV]] = bytemuck::cast_slice(zeros);
+            let (scales, zeros) = (&scales[h], &zeros[h]);
+            let mut zero = [isa.zero_f32(); NV];
+            for (zero, zeros) in zero.iter_mut().zip(zeros) {
+                *zero = isa.to_f32(isa.load_zeros(zeros, 0));
+            }
+            let first = g * panel.steps * panel.storage.k_per_step();
+            let len = codes.len() * panel.storage.k_per_step();
+            let mut x: [&[f32]; R] = [&[]; R];
+            for (x, row) in x.iter_mut().zip(rows) {
+                *x = &row[first..][..len];
+            }
+            let mut sums = [[isa.zero_f32(); NV]; R];
+            // One output feature is one lane and adds from left to right, whatever R and NV are.
+            macro_rules! step {
+            ($codes:ident, $first:expr, $($j:literal: $shift:literal, $mask:literal;)*) => {
+                let mut loaded = [isa.zero_i32(); NV];
+                for (loaded, codes) in loaded.iter_mut().zip(&$codes[h]) {
+                    *loaded = isa.load_codes(codes);
+                }
+                $(
+                    let mut levels = [isa.zero_f32(); NV];
+                    for v in 0..NV {
+                        levels[v] = isa.sub(isa.level::<$shift, $mask>(loaded[v]), zero[v]);
+                    }
+                    for (sums, x) in sums.iter_mut().zip(&x) {
+                        let x = isa.splat_f32(x[$first + $j]);
+                        for (sum, &level) in sums.iter_mut().zip(&levels) {
+                            *sum = isa.mul_add(*sum, x, level);
+                        }
+                    }
+                )*
+            };
+        }
+            match panel.storage {
+                Storage::Nibbles => {
+                    for (s, codes) in codes.iter().enumerate() {
+                        step!(codes, 8 * s, 0: 0, 15; 1: 8, 15; 2: 16, 15; 3: 24, 15;
+                                        4: 4, 15; 5: 12, 15; 6: 20, 15; 7: 28, 15;);
                     }
                 }
-            )*};
-        }
-        match panel.storage {
-            Storage::Nibbles => {
-                let x = x.map(|x| &bytemuck::cast_slice::<_, [f32; 8]>(x)[..codes.len()]);
-                for (s, codes) in codes.iter().enumerate() {
-                    let codes = codes.each_ref().map(|c| isa.load_codes(c));
-                    let x = x.map(|x| &x[s]);
-                    step!(x, codes, 0: 0, 15; 1: 8, 15; 2: 16, 15; 3: 24, 15;
-                                    4: 4, 15; 5: 12, 15; 6: 20, 15; 7: 28, 15;);
+                Storage::Bytes => {
+                    for (s, codes) in codes.iter().enumerate() {
+                        step!(codes, 4 * s, 0: 0, 255; 1: 8, 255; 2: 16, 255; 3: 24, 255;);
+                    }
                 }
             }
-            Storage::Bytes => {
-                let x = x.map(|x| &bytemuck::cast_slice::<_, [f32; 4]>(x)[..codes.len()]);
-                for (s, codes) in codes.iter().enumerate() {
-                    let codes = codes.each_ref().map(|c| isa.load_codes(c));
-                    let x = x.map(|x| &x[s]);
-                    step!(x, codes, 0: 0, 255; 1: 8, 255; 2: 16, 255; 3: 24, 255;);
+            for v in 0..NV {
+                let scale = isa.load_f32(&scales[v]);
+                for r in 0..R {
+                    total[r][v] = isa.mul_add(total[r][v], sums[r][v], scale);
                 }
             }
         }
-        for v in 0..NV {
-            let scale = isa.load_f32(&scales[v]);
-            for r in 0..R {
-                total[r][v] = isa.mul_add(total[r][v], sums[r][v], scale);
-            }
-        }
+        store(isa, h, total, out);
     }
-    store(isa, total, out);
 }
 
+/// Stores the `h`th part of a panel.
 #[inline(always)]
 fn store<V: Isa<L>, const R: usize, const NV: usize, const L: usize>(
     isa: V,
+    h: usize,
     total: [[V::F32; NV]; R],
     out: &mut [[f32; NR]; R],
 ) {
     for (out, total) in out.iter_mut().zip(total) {
-        let out: &mut [[f32; L]] = bytemuck::cast_slice_mut(out);
-        for (out, total) in out.iter_mut().zip(total) {
+        let out: &mut [[[f32; L]; NV]] = bytemuck::cast_slice_mut(out);
+        for (out, total) in out[h].iter_mut().zip(total) {
             isa.store_f32(total, out);
         }
     }

@@ -14,12 +14,12 @@ pub(super) const KERNEL: Kernel = Kernel {
 
 #[target_feature(enable = "avx2,fma")]
 fn int8(panel: &Panel<'_>, rows: &[Int8Row<'_>], out: &mut [[f32; NR]]) {
-    tile::int8::<_, 4, 8>(Avx2::new(), panel, rows, out);
+    tile::int8::<_, 4, 2, 2, 4, 8>(Avx2::new(), panel, rows, out);
 }
 
 #[target_feature(enable = "avx2,fma")]
 fn f32(panel: &Panel<'_>, rows: &[&[f32]], out: &mut [[f32; NR]]) {
-    tile::f32::<_, 4, 8>(Avx2::new(), panel, rows, out);
+    tile::f32::<_, 4, 2, 2, 4, 8>(Avx2::new(), panel, rows, out);
 }
 
 #[derive(Clone, Copy)]

@@ -18,12 +18,12 @@ pub(super) const KERNEL: Kernel = Kernel {
 
 #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
 fn int8(panel: &Panel<'_>, rows: &[Int8Row<'_>], out: &mut [[f32; NR]]) {
-    tile::int8::<_, 2, 16>(Avx512Vnni::new(), panel, rows, out);
+    tile::int8::<_, 8, 1, 2, 2, 16>(Avx512Vnni::new(), panel, rows, out);
 }
 
 #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
 fn f32(panel: &Panel<'_>, rows: &[&[f32]], out: &mut [[f32; NR]]) {
-    tile::f32::<_, 2, 16>(Avx512Vnni::new(), panel, rows, out);
+    tile::f32::<_, 8, 1, 2, 2, 16>(Avx512Vnni::new(), panel, rows, out);
 }
 
 #[derive(Clone, Copy)]
