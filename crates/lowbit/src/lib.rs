@@ -1,10 +1,47 @@
 //! Quantize language-model weights and multiply with them, on the CPU.
+//!
+//! This crate is the one to depend on: it re-exports what the focused crates under it define.
+//!
+//! | to | use |
+//! |---|---|
+//! | view weights and activations you own | [`MatRef`], [`MatMut`], [`Mat`] |
+//! | say how a matrix is stored | [`QuantScheme`], [`Granularity`], [`ScaleFormat`] |
+//! | quantize | a [`Quantizer`] such as [`Rtn`], by name through [`METHODS`], with a [`Calibration`] |
+//! | keep, save and inspect the result | [`QLinear`], [`QMatrix`] |
+//! | multiply, fast | [`PackedLinear`], through the trait [`Linear`], on the threads of a [`Context`] |
+//! | read checkpoints | [`formats`] |
+//! | convert numbers | [`dtypes`] |
+//!
+//! # Example
+//! ```
+//! use lowbit::{Calibration, Context, Linear, MatRef, Mat, Method, PackedLinear, Quantizer};
+//!
+//! // A weight of 3 output and 4 input features, as bytes of an f32 buffer that we own.
+//! let w = [0.1, -0.2, 0.3, -0.4, 0.5, -0.6, 0.7, -0.8, 0.9, -1.0, 1.1, -1.2];
+//! let method = Method::named("int8").unwrap();
+//! let layer = method.quantizer.quantize(MatRef::new(&w, 3, 4)?, &Calibration::new(4))?;
+//! assert!(layer.weight().bits_per_weight() > 8.0); // codes and scales
+//!
+//! let layer = PackedLinear::new(&layer)?;
+//! let x = [1.0, 1.0, 1.0, 1.0];
+//! let mut y = Mat::zeros(1, 3);
+//! layer.forward(MatRef::new(&x, 1, 4)?, y.as_mut(), &mut Context::new())?;
+//! assert!((y.data()[0] + 0.2).abs() < 0.01);
+//! # Ok::<(), lowbit::Error>(())
+//! ```
 #![forbid(unsafe_code)]
 
 pub use lowbit_algorithms::{Calibration, METHODS, Method, Quantizer, Rtn};
-pub use lowbit_core::*;
-/// Number formats.
+pub use lowbit_core::{
+    ActivationScheme, Context, Error, Granularity, Linear, Mat, MatMut, MatRef, QLinear, QMatrix,
+    QuantScheme, QuantType, Result, ScaleFormat, check_shapes, quantize_row_int8,
+};
+pub use lowbit_kernels::{PackedLinear, kernels};
+
 pub use lowbit_dtypes as dtypes;
-/// Checkpoint containers.
 pub use lowbit_formats as formats;
-pub use lowbit_kernels::PackedLinear;
+
+/// Compiles and runs the examples of the README.
+#[cfg(doctest)]
+#[doc = include_str!("../../../README.md")]
+struct Readme;
