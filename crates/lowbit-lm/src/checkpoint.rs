@@ -1,0 +1,279 @@
+use std::{
+    borrow::Cow,
+    collections::BTreeSet,
+    fs::{self, File},
+    path::Path,
+};
+
+use lowbit::{
+    Mat,
+    formats::{Safetensors, Sharded, TensorSource},
+};
+use memmap2::Mmap;
+
+use crate::{Config, Error, Result, Tokenizer};
+
+/// A model as it is stored, checked, and not yet in memory: the Hugging Face layout of
+/// `config.json`, `tokenizer.json` and `model.safetensors` (or several files under
+/// `model.safetensors.index.json`).
+///
+/// Weights stay in their file until a [`Model`](crate::Model) asks for them, one layer at a time.
+///
+/// # Example
+/// ```no_run
+/// let checkpoint = lowbit_lm::Checkpoint::open("models/stories3m")?;
+/// println!("{} layers", checkpoint.config().num_hidden_layers);
+/// # Ok::<(), lowbit_lm::Error>(())
+/// ```
+pub struct Checkpoint {
+    name: String,
+    config: Config,
+    tokenizer: Tokenizer,
+    tensors: Box<dyn TensorSource + Send + Sync>,
+}
+
+/// The weights of one linear layer, in f32, on their way to whatever will multiply with them.
+#[derive(Clone, Debug, PartialEq)]
+pub struct LinearWeights {
+    /// The layer's name in the checkpoint: `model.layers.0.self_attn.q_proj`.
+    pub name: String,
+    /// `(out_features, in_features)`; finite.
+    pub weight: Mat<f32>,
+    /// One number for each output feature.
+    pub bias: Option<Vec<f32>>,
+}
+
+impl Checkpoint {
+    /// Opens the folder and checks everything in it, reading each weight once: what is opened can
+    /// be loaded. The weights are mapped, not read into memory: do not change the files meanwhile.
+    ///
+    /// # Errors
+    /// One that names the file and the tensor or field: [`Error::Io`], [`Error::File`],
+    /// [`Error::Config`], [`Error::Format`], [`Error::TensorShape`], [`Error::TensorUnknown`] or
+    /// [`Error::NotFinite`].
+    pub fn open(folder: impl AsRef<Path>) -> Result<Self> {
+        let folder = folder.as_ref();
+        let path = |file: &str| folder.join(file);
+        let name = |file: &str| path(file).display().to_string();
+        let config = Config::parse(&name("config.json"), &read(&path("config.json"))?)?;
+        let tokenizer = Tokenizer::parse(&name("tokenizer.json"), &read(&path("tokenizer.json"))?)?;
+        let index = "model.safetensors.index.json";
+        let tensors: Box<dyn TensorSource + Send + Sync> =
+            if !path("model.safetensors").exists() && path(index).exists() {
+                let json = read(&path(index))?;
+                Box::new(Sharded::new(name(index), &json, |file| map(&path(file)))?)
+            } else {
+                let file = "model.safetensors";
+                Box::new(Safetensors::new(name(file), map(&path(file))?)?)
+            };
+        Self::new(folder.display().to_string(), config, tokenizer, tensors)
+    }
+
+    /// The same from the contents of the three files, for a model that is part of a program; error
+    /// messages call it `name`.
+    ///
+    /// # Errors
+    /// As [`open`](Self::open).
+    pub fn from_bytes(
+        name: &str,
+        config: &[u8],
+        safetensors: impl Into<Cow<'static, [u8]>>,
+        tokenizer: &[u8],
+    ) -> Result<Self> {
+        let config = Config::parse(&format!("{name}/config.json"), config)?;
+        let tokenizer = Tokenizer::parse(&format!("{name}/tokenizer.json"), tokenizer)?;
+        let tensors = Safetensors::new(format!("{name}/model.safetensors"), safetensors.into())?;
+        Self::new(name.into(), config, tokenizer, Box::new(tensors))
+    }
+
+    fn new(
+        name: String,
+        config: Config,
+        tokenizer: Tokenizer,
+        tensors: Box<dyn TensorSource + Send + Sync>,
+    ) -> Result<Self> {
+        let checkpoint = Self { name, config, tokenizer, tensors };
+        checkpoint.check()?;
+        Ok(checkpoint)
+    }
+
+    /// The folder, or the name given to [`from_bytes`](Self::from_bytes).
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// What config.json says.
+    pub fn config(&self) -> &Config {
+        &self.config
+    }
+
+    /// What tokenizer.json says.
+    pub fn tokenizer(&self) -> &Tokenizer {
+        &self.tokenizer
+    }
+
+    /// The tensors as they are stored.
+    pub fn tensors(&self) -> &dyn TensorSource {
+        &*self.tensors
+    }
+
+    /// The linear layers that a model may swap, from first to last: q, k, v, o, gate, up and down
+    /// of each block. Embedding and head are not among them.
+    pub fn linear_names(&self) -> Vec<String> {
+        let linears = |layer| block_linears(&self.config, layer).map(|spec| spec.name);
+        (0..self.config.num_hidden_layers).flat_map(linears).collect()
+    }
+
+    /// The weights of the linear layer called `name`, one of [`linear_names`](Self::linear_names),
+    /// in f32.
+    ///
+    /// # Errors
+    /// [`Error::Format`] if there is none.
+    pub fn linear(&self, name: &str) -> Result<LinearWeights> {
+        let bias = format!("{name}.bias");
+        Ok(LinearWeights {
+            name: name.into(),
+            weight: self.matrix(&format!("{name}.weight"))?,
+            bias: self.tensors.tensor(&bias).is_ok().then(|| self.vector(&bias)).transpose()?,
+        })
+    }
+
+    pub(crate) fn vector(&self, name: &str) -> Result<Vec<f32>> {
+        Ok(self.tensors.tensor(name)?.to_f32()?)
+    }
+
+    pub(crate) fn matrix(&self, name: &str) -> Result<Mat<f32>> {
+        let tensor = self.tensors.tensor(name)?;
+        let [rows, cols] = *tensor.shape else {
+            return Err(Error::TensorShape {
+                file: tensor.file.into(),
+                tensor: name.into(),
+                expected: vec![0, 0],
+                got: tensor.shape.into(),
+            });
+        };
+        Mat::new(tensor.to_f32()?, rows, cols)
+            .map_err(|cause| Error::Layer { layer: name.into(), cause })
+    }
+
+    /// Are all tensors there, of the right shape and type, finite, and no others?
+    fn check(&self) -> Result<()> {
+        let c = &self.config;
+        let mut known = BTreeSet::new();
+        let mut check = |name: String, shape: &[usize]| {
+            self.check_tensor(&name, shape)?;
+            known.insert(name);
+            Ok::<(), Error>(())
+        };
+        check(EMBEDDING.into(), &[c.vocab_size, c.hidden_size])?;
+        for layer in 0..c.num_hidden_layers {
+            for norm in block_norms(layer) {
+                check(norm, &[c.hidden_size])?;
+            }
+            for LinearSpec { name, shape, bias } in block_linears(c, layer) {
+                check(format!("{name}.weight"), &[shape.0, shape.1])?;
+                if bias {
+                    check(format!("{name}.bias"), &[shape.0])?;
+                }
+            }
+        }
+        check(NORM.into(), &[c.hidden_size])?;
+        if !c.tie_word_embeddings {
+            check(HEAD.into(), &[c.vocab_size, c.hidden_size])?;
+        }
+        // An ignored tensor, such as a bias that config.json does not announce, would silently
+        // give wrong results. Two are known to be redundant: rotary frequencies, and a tied head.
+        let unknown = |name: &&str| {
+            let redundant = name.ends_with(".rotary_emb.inv_freq") || *name == HEAD;
+            !known.contains(*name) && !redundant
+        };
+        match self.tensors.names().into_iter().find(unknown) {
+            None => Ok(()),
+            Some(name) => Err(Error::TensorUnknown {
+                file: self.tensors.tensor(name)?.file.into(),
+                tensor: name.into(),
+            }),
+        }
+    }
+
+    fn check_tensor(&self, name: &str, expected: &[usize]) -> Result<()> {
+        let tensor = self.tensors.tensor(name)?;
+        if tensor.shape != expected {
+            return Err(Error::TensorShape {
+                file: tensor.file.into(),
+                tensor: name.into(),
+                expected: expected.into(),
+                got: tensor.shape.into(),
+            });
+        }
+        let Some(mut index) = tensor.first_not_finite()? else { return Ok(()) };
+        let mut position = vec![0; expected.len()];
+        for (at, &size) in position.iter_mut().zip(expected).rev() {
+            *at = index % size;
+            index /= size;
+        }
+        Err(Error::NotFinite { file: tensor.file.into(), tensor: name.into(), position })
+    }
+}
+
+impl std::fmt::Debug for Checkpoint {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let Self { name, config, tokenizer, tensors: _ } = self;
+        f.debug_struct("Checkpoint")
+            .field("name", name)
+            .field("config", config)
+            .field("tokenizer", tokenizer)
+            .finish_non_exhaustive()
+    }
+}
+
+pub(crate) const EMBEDDING: &str = "model.embed_tokens.weight";
+pub(crate) const NORM: &str = "model.norm.weight";
+pub(crate) const HEAD: &str = "lm_head.weight";
+
+/// A linear layer that config.json asks for.
+pub(crate) struct LinearSpec {
+    pub(crate) name: String,
+    /// `(out_features, in_features)`.
+    pub(crate) shape: (usize, usize),
+    pub(crate) bias: bool,
+}
+
+/// q, k, v, o, gate, up and down of block `layer`.
+pub(crate) fn block_linears(c: &Config, layer: usize) -> [LinearSpec; 7] {
+    let (hidden, inner, q, kv) = (c.hidden_size, c.intermediate_size, c.q_size(), c.kv_size());
+    [
+        ("self_attn.q_proj", (q, hidden), c.qkv_bias),
+        ("self_attn.k_proj", (kv, hidden), c.qkv_bias),
+        ("self_attn.v_proj", (kv, hidden), c.qkv_bias),
+        ("self_attn.o_proj", (hidden, q), c.o_bias),
+        ("mlp.gate_proj", (inner, hidden), c.mlp_bias),
+        ("mlp.up_proj", (inner, hidden), c.mlp_bias),
+        ("mlp.down_proj", (hidden, inner), c.mlp_bias),
+    ]
+    .map(|(name, shape, bias)| LinearSpec {
+        name: format!("model.layers.{layer}.{name}"),
+        shape,
+        bias,
+    })
+}
+
+/// The gains before attention and before the MLP of block `layer`.
+pub(crate) fn block_norms(layer: usize) -> [String; 2] {
+    ["input_layernorm", "post_attention_layernorm"]
+        .map(|norm| format!("model.layers.{layer}.{norm}.weight"))
+}
+
+fn read(path: &Path) -> Result<Vec<u8>> {
+    fs::read(path).map_err(|cause| Error::Io { path: path.into(), cause })
+}
+
+#[allow(unsafe_code, reason = "mapping is unsafe because other processes may change the file")]
+fn map(path: &Path) -> Result<Mmap> {
+    let error = |cause| Error::Io { path: path.into(), cause };
+    let file = File::open(path).map_err(error)?;
+    // SAFETY: the map is only read, as bytes, of which every pattern is valid, and keeps the file
+    // alive. That nobody changes the file meanwhile is asked of the caller of `Checkpoint::open`:
+    // no process can rule it out.
+    unsafe { Mmap::map(&file) }.map_err(error)
+}

@@ -1,0 +1,104 @@
+use crate::{Error, Result};
+
+/// The text side of a model: `tokenizer.json`.
+pub struct Tokenizer {
+    file: String,
+    inner: tokenizers::Tokenizer,
+}
+
+impl Tokenizer {
+    /// Reads tokenizer.json, which error messages call `file`.
+    ///
+    /// # Errors
+    /// [`Error::File`] if it is not one.
+    pub fn parse(file: &str, json: &[u8]) -> Result<Self> {
+        let error = |e: tokenizers::Error| Error::File {
+            file: file.into(),
+            reason: format!("expected a tokenizer, but {e}"),
+        };
+        let mut inner = tokenizers::Tokenizer::from_bytes(json).map_err(error)?;
+        // Some files ask for texts to be cut or padded: never silently.
+        inner.with_truncation(None).map_err(error)?;
+        inner.with_padding(None);
+        Ok(Self { file: file.into(), inner })
+    }
+
+    /// The tokens of `text`, with the special ones (such as BOS) that the tokenizer adds.
+    ///
+    /// # Errors
+    /// [`Error::File`] if the tokenizer fails.
+    pub fn encode(&self, text: &str) -> Result<Vec<u32>> {
+        self.encode_with(text, true)
+    }
+
+    /// The tokens of `text` alone.
+    ///
+    /// # Errors
+    /// [`Error::File`] if the tokenizer fails.
+    pub fn encode_plain(&self, text: &str) -> Result<Vec<u32>> {
+        self.encode_with(text, false)
+    }
+
+    fn encode_with(&self, text: &str, special: bool) -> Result<Vec<u32>> {
+        let encoding = self.inner.encode_fast(text, special).map_err(|e| self.error(&e))?;
+        Ok(encoding.get_ids().to_vec())
+    }
+
+    /// The text of `ids`, without special tokens.
+    ///
+    /// # Errors
+    /// [`Error::File`] if the tokenizer fails.
+    pub fn decode(&self, ids: &[u32]) -> Result<String> {
+        self.inner.decode(ids, true).map_err(|e| self.error(&e))
+    }
+
+    fn error(&self, e: &tokenizers::Error) -> Error {
+        Error::File { file: self.file.clone(), reason: e.to_string() }
+    }
+}
+
+impl std::fmt::Debug for Tokenizer {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Tokenizer").field("file", &self.file).finish_non_exhaustive()
+    }
+}
+
+/// Turns tokens that arrive one by one into pieces of text that can be printed as they come.
+pub(crate) struct Stream<'a> {
+    tokenizer: &'a Tokenizer,
+    /// Tokens from `done`'s first on; older ones cannot change the text any more.
+    ids: Vec<u32>,
+    /// How many of `ids` are printed: they give the context (such as a leading space) for the rest.
+    done: usize,
+}
+
+impl<'a> Stream<'a> {
+    /// `ids` have been printed already.
+    pub(crate) fn new(tokenizer: &'a Tokenizer, ids: &[u32]) -> Self {
+        Self { tokenizer, ids: ids.to_vec(), done: ids.len() }
+    }
+
+    /// The text that `id` completes; empty as long as a character lacks bytes.
+    pub(crate) fn push(&mut self, id: u32) -> Result<String> {
+        self.ids.push(id);
+        let text = self.tokenizer.decode(&self.ids)?;
+        if text.ends_with('\u{fffd}') {
+            return Ok(String::new());
+        }
+        self.take(&text)
+    }
+
+    /// What is left, complete or not.
+    pub(crate) fn finish(mut self) -> Result<String> {
+        let text = self.tokenizer.decode(&self.ids)?;
+        self.take(&text)
+    }
+
+    fn take(&mut self, text: &str) -> Result<String> {
+        let printed = self.tokenizer.decode(&self.ids[..self.done])?;
+        let piece = text.strip_prefix(&printed).unwrap_or(text).to_owned();
+        self.ids.drain(..self.done);
+        self.done = self.ids.len();
+        Ok(piece)
+    }
+}
