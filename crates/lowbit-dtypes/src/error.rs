@@ -1,4 +1,5 @@
-/// What a conversion can refuse. Nothing has been written when one is returned.
+/// What a conversion can refuse. Nothing has been written when one is returned, but for [`Error::NotFinite`], which a
+/// block quantizer finds on its way.
 #[derive(Clone, Copy, Debug, PartialEq, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {

@@ -72,6 +72,18 @@ pub enum Rounding {
     },
 }
 
+impl Rounding {
+    /// For the element `offset` places further on.
+    pub(crate) const fn at(self, offset: usize) -> Self {
+        match self {
+            Self::Stochastic { seed, index } => {
+                Self::Stochastic { seed, index: index.wrapping_add(offset as u64) }
+            }
+            _ => self,
+        }
+    }
+}
+
 /// What becomes of a number that rounds beyond the largest finite one. (Rounding comes first, as though the
 /// exponent had no end: 464 is a tie that E4M3 rounds to its largest, 448.)
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -85,7 +97,7 @@ pub enum Overflow {
 
 /// A number taken apart without loss: `±significand · 2^exponent`.
 #[derive(Clone, Copy)]
-pub(crate) enum Parts {
+pub enum Parts {
     Nan { negative: bool },
     Infinite { negative: bool },
     Finite { negative: bool, significand: u64, exponent: i32 },
@@ -124,6 +136,10 @@ impl Parts {
 }
 
 impl Format {
+    pub(crate) const F16: Self = Self::unchecked(5, 10, 15, Specials::Ieee);
+    pub(crate) const BF16: Self = Self::unchecked(8, 7, 127, Specials::Ieee);
+    pub(crate) const TF32: Self = Self::unchecked(8, 10, 127, Specials::Ieee);
+
     /// A format with these fields.
     ///
     /// # Errors

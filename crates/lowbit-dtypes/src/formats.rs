@@ -1,6 +1,16 @@
 //! The float formats of at most 8 bits, a line each.
 
-use crate::{Error, Format, Result, Specials};
+use core::cmp::Ordering;
+use core::fmt;
+use core::num::FpCategory;
+use core::ops::{
+    Add, AddAssign, Div, DivAssign, Mul, MulAssign, Neg, Rem, RemAssign, Sub, SubAssign,
+};
+use core::str::FromStr;
+
+use crate::simd::{Isa, lanes};
+use crate::types::small_float;
+use crate::{Error, Format, Overflow, Result, Rounding, Specials};
 
 macro_rules! formats {
     ($($(#[$doc:meta])* $name:ident = $exponent:literal $fraction:literal $bias:literal $specials:ident, $($alias:literal)+;)+) => {
@@ -22,6 +32,10 @@ macro_rules! formats {
 
         /// In the order of [`Format::ALL`]: the name in ml_dtypes, then other names.
         const NAMES: &[&[&str]] = &[$(&[$($alias),+]),+];
+
+        $(small_float!($(#[$doc])* $name $specials);)+
+
+        crate::pod::pod!($($name)+);
     };
 }
 
@@ -74,7 +88,7 @@ impl Format {
 /// assert_eq!("float8_e4m3".parse(), Ok(Format::F8E4M3IEEE)); // as ml_dtypes has it
 /// assert_eq!("F8_E4M3".parse(), Ok(Format::F8E4M3)); // as safetensors has it
 /// ```
-impl core::str::FromStr for Format {
+impl FromStr for Format {
     type Err = Error;
 
     fn from_str(name: &str) -> Result<Self> {

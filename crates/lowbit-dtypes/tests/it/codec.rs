@@ -1,6 +1,6 @@
 //! The codec of 8 bits and fewer against the tables, the slow exact model and ml_dtypes.
 
-use crate::reference::{Reference, csv_values};
+use crate::reference::{Reference, csv_values, widen};
 use lowbit_dtypes::{Format, Overflow, Rounding, Specials, bf16, f16};
 use proptest::prelude::*;
 
@@ -20,20 +20,14 @@ fn formats() -> Vec<(Format, Reference)> {
     all
 }
 
-/// The f64 of an f32; a cast may drop the sign of NaN.
-fn wide(x: f32) -> f64 {
-    let sign = if x.is_sign_negative() { -1.0 } else { 1.0 };
-    if x.is_nan() { f64::NAN.copysign(sign) } else { f64::from(x) }
-}
-
 #[track_caller]
 fn check(format: Format, reference: &Reference, x: f32, roundings: &[Rounding]) {
     for &rounding in roundings {
         for overflow in BOTH {
-            let expected = reference.encode(wide(x), rounding, overflow) as u8;
+            let expected = reference.encode(widen(x), rounding, overflow) as u8;
             let got = format.encode_with(x, rounding, overflow);
             assert_eq!(got, expected, "{} {x:e} {rounding:?} {overflow:?}", reference.name);
-            assert_eq!(format.encode_f64(wide(x), rounding, overflow), expected);
+            assert_eq!(format.encode_f64(widen(x), rounding, overflow), expected);
             if rounding == Rounding::NearestEven {
                 assert_eq!(format.encode(x, overflow), expected);
             }

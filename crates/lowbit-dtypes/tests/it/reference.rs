@@ -195,3 +195,9 @@ pub(crate) fn csv_values(csv: &str) -> Vec<f64> {
         })
         .collect()
 }
+
+/// The f64 of an f32; a cast may drop the sign of NaN.
+pub(crate) fn widen(x: f32) -> f64 {
+    let sign = if x.is_sign_negative() { -1.0 } else { 1.0 };
+    if x.is_nan() { f64::NAN.copysign(sign) } else { f64::from(x) }
+}

@@ -1,0 +1,138 @@
+//! Instruction sets, and the loops that are compiled once for each of them.
+//!
+//! A loop is plain Rust, without branches, over lanes that know nothing of each other: the compiler turns it into the
+//! instructions of whatever set it may use. So the result cannot depend on the set. [`Isa::run`] chooses the set at
+//! run time. Only looking things up in tables is written in instructions, [`Simd`], since no compiler finds those.
+
+pub(crate) mod lanes;
+pub(crate) mod table;
+#[cfg(all(target_arch = "x86_64", feature = "std"))]
+mod x86;
+
+/// An instruction set that this machine has.
+///
+/// Conversions choose the best by themselves; the tests and benchmarks walk through all of them.
+#[doc(hidden)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Isa(Kind);
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Kind {
+    /// What the crate was compiled for: SSE2 on x86-64, NEON on AArch64.
+    Baseline,
+    #[cfg(all(target_arch = "x86_64", feature = "std"))]
+    Avx2,
+    #[cfg(all(target_arch = "x86_64", feature = "std"))]
+    Avx512,
+}
+
+/// A loop over lanes. `run` must be `#[inline(always)]`, so that it takes on the features of its caller.
+pub(crate) trait Kernel {
+    fn run<S: Simd>(self, simd: S);
+}
+
+impl Isa {
+    /// Every set this machine has, the best last.
+    pub fn available() -> impl Iterator<Item = Self> {
+        #[cfg(all(target_arch = "x86_64", feature = "std"))]
+        let more = [(Self::has_avx2(), Kind::Avx2), (Self::has_avx512(), Kind::Avx512)];
+        #[cfg(not(all(target_arch = "x86_64", feature = "std")))]
+        let more: [(bool, Kind); 0] = [];
+        [(true, Kind::Baseline)]
+            .into_iter()
+            .chain(more)
+            .filter_map(|(has, kind)| has.then_some(Self(kind)))
+    }
+
+    /// The best of them.
+    #[inline]
+    pub fn best() -> Self {
+        #[cfg(all(target_arch = "x86_64", feature = "std"))]
+        if Self::has_avx512() {
+            return Self(Kind::Avx512);
+        } else if Self::has_avx2() {
+            return Self(Kind::Avx2);
+        }
+        Self(Kind::Baseline)
+    }
+
+    /// The one that needs no detection.
+    pub(crate) fn baseline() -> Self {
+        Self(Kind::Baseline)
+    }
+
+    /// `sse2`, `avx2`, `avx512`, `neon` or `scalar`.
+    pub fn name(self) -> &'static str {
+        match self.0 {
+            Kind::Baseline if cfg!(target_arch = "x86_64") => "sse2",
+            Kind::Baseline if cfg!(target_arch = "aarch64") => "neon",
+            Kind::Baseline => "scalar",
+            #[cfg(all(target_arch = "x86_64", feature = "std"))]
+            Kind::Avx2 => "avx2",
+            #[cfg(all(target_arch = "x86_64", feature = "std"))]
+            Kind::Avx512 => "avx512",
+        }
+    }
+}
+
+#[cfg(not(all(target_arch = "x86_64", feature = "std")))]
+impl Isa {
+    #[inline(always)]
+    pub(crate) fn run<K: Kernel>(self, kernel: K) {
+        kernel.run(Plain);
+    }
+}
+
+/// Tables of 16 entries, 16 lanes at a time.
+pub(crate) trait Simd: Copy {
+    /// For each lane, how many of the 15 thresholds of `tree` are below x (NaN: none).
+    fn rank(self, tree: &Tree, x: &[f32; 16]) -> [u8; 16];
+    /// For each lane, the entry at the low four bits of its index.
+    fn entry(self, entries: &[f32; 16], indices: &[u8; 16]) -> [f32; 16];
+}
+
+/// 15 ascending thresholds as a search tree: level l holds 2^l of them, and the path is the rank, bit by bit.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(crate) struct Tree([[f32; 16]; 4]);
+
+impl Tree {
+    pub(crate) const fn new(thresholds: &[f32; 15]) -> Self {
+        let mut levels = [[0.0; 16]; 4];
+        let mut level = 0;
+        while level < 4 {
+            let step = 16 >> level;
+            let mut i = 0;
+            while i < 1 << level {
+                levels[level][i] = thresholds[i * step + step / 2 - 1];
+                i += 1;
+            }
+            level += 1;
+        }
+        Self(levels)
+    }
+}
+
+/// Whatever the compiler may use.
+#[derive(Clone, Copy)]
+pub(crate) struct Plain;
+
+impl Simd for Plain {
+    #[inline(always)]
+    fn rank(self, tree: &Tree, x: &[f32; 16]) -> [u8; 16] {
+        // Counting the thresholds one by one costs 15 comparisons, but vectorizes everywhere.
+        x.map(|x| {
+            let mut rank = 0;
+            for (level, thresholds) in tree.0.iter().enumerate() {
+                for &threshold in &thresholds[..1 << level] {
+                    rank += u8::from(x > threshold);
+                }
+            }
+            rank
+        })
+    }
+
+    #[inline(always)]
+    fn entry(self, entries: &[f32; 16], indices: &[u8; 16]) -> [f32; 16] {
+        indices.map(|i| entries[usize::from(i & 15)])
+    }
+}
