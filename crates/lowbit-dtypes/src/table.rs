@@ -32,7 +32,9 @@ pub struct Table16 {
 impl Table16 {
     /// NormalFloat 4 of QLoRA (Dettmers et al., arXiv:2305.14314, appendix E): levels of equal probability under a
     /// normal distribution, −1 and 1 and an exact 0 (code 7). The published f32 values, as in bitsandbytes;
-    /// [`nf4_from_quantiles`] rebuilds them and says where they differ.
+    /// [`nf4_from_quantiles`] rebuilds them and says where they differ. A threshold is the f32 nearest to the midpoint;
+    /// four midpoints are ties between two f32, where the decimals in the source of bitsandbytes name the other one
+    /// (those above codes 0, 8, 12 and 14), so a number equal to it can get the neighbouring code there.
     pub const NF4: Self = Self::nearest([
         -1.0,
         -0.696_192_8,
@@ -56,10 +58,10 @@ impl Table16 {
     /// descending order. Exact 0 is code 7.
     pub const AF4: Self = Self::nearest([
         -1.0,
-        -0.694_410_1,
-        -0.512_437_4,
+        -0.694_410_08,
+        -0.512_437_39,
         -0.373_695_1,
-        -0.256_075_53,
+        -0.256_075_52,
         -0.149_824_78,
         -0.049_348_12,
         0.0,
@@ -68,8 +70,8 @@ impl Table16 {
         0.219_612_74,
         0.316_756_66,
         0.425_638_82,
-        0.554_962_3,
-        0.724_248_65,
+        0.554_962_34,
+        0.724_248_63,
         1.0,
     ]);
 
@@ -319,8 +321,9 @@ pub(crate) fn first_not_finite(x: &[f32]) -> Result<()> {
 /// quantile function of the normal distribution, the negative levels are −Φ⁻¹ at 7 points from `o` towards ½ out of 8
 /// equal steps with ½ itself, the positive ones Φ⁻¹ at 8 points out of 9; between them 0; all divided by the largest.
 ///
-/// No level but −1, 0 and 1 equals the f32 of the published table [`Table16::NF4`]: they differ by 1e-8 to 1.2e-7, as if
-/// those had been computed in f32. Take the constants to read files; take this to see where they come from.
+/// Against the published [`Table16::NF4`]: codes 0, 2, 3, 5, 7 and 15 round to the same f32; the other ten differ, by
+/// 8e-9 to 1.1e-7, as if those had been computed in f32. Take the constants to read files; take this to see where they
+/// come from.
 ///
 /// ```
 /// use lowbit_dtypes::{Table16, nf4_from_quantiles};

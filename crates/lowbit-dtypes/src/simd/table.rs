@@ -57,9 +57,10 @@ impl Kernel for QuantizeBlocks<'_> {
         for ((x, codes), scale) in x.zip(codes).zip(self.scales) {
             let max = abs_max(x);
             *self.not_finite |= !max.is_finite();
-            *scale = max / self.table.reach;
+            let reach = self.table.reach;
+            *scale = if reach > 0.0 { max / reach } else { 0.0 };
             // Below 2^-128 the quotient would be infinite, and zeros NaN.
-            let factor = if max > 0.0 { (self.table.reach / max).min(f32::MAX) } else { 0.0 };
+            let factor = if max > 0.0 { (reach / max).min(f32::MAX) } else { 0.0 };
             encode(simd, self.table, factor, x, codes);
         }
     }

@@ -3,3 +3,4 @@
 mod codec;
 mod reference;
 mod slices;
+mod tables;
