@@ -47,6 +47,12 @@ pub enum Error {
         /// Where it stands.
         index: usize,
     },
+    /// A scale that cannot scale.
+    #[error("expected a positive finite scale, got {value}")]
+    Scale {
+        /// The scale.
+        value: f32,
+    },
     /// A float format that does not fit 8 bits or is not exact in `bf16`.
     #[error(
         "expected at most 8 bits whose values are exact in bf16, got {exponent_bits} exponent bits, \

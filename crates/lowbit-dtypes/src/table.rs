@@ -58,8 +58,8 @@ impl Table16 {
     /// descending order. Exact 0 is code 7.
     pub const AF4: Self = Self::nearest([
         -1.0,
-        -0.694_410_08,
-        -0.512_437_39,
+        -0.694_410_1,
+        -0.512_437_4,
         -0.373_695_1,
         -0.256_075_52,
         -0.149_824_78,

@@ -13,7 +13,6 @@ const MAGNITUDE: u32 = 0x7fff_ffff;
 /// An unsigned integer that holds a code.
 pub trait Code: Copy {
     fn from_bits(bits: u32) -> Self;
-    fn to_bits(self) -> u32;
 }
 
 macro_rules! code {
@@ -22,10 +21,6 @@ macro_rules! code {
             #[inline(always)]
             fn from_bits(bits: u32) -> Self {
                 bits as $t
-            }
-            #[inline(always)]
-            fn to_bits(self) -> u32 {
-                self.into()
             }
         }
     )*};
@@ -70,7 +65,7 @@ enum Method {
 }
 
 impl Encoder {
-    fn new(format: Format, overflow: Overflow) -> Self {
+    pub(super) fn new(format: Format, overflow: Overflow) -> Self {
         let m = format.fraction_bits();
         let sign_bit = format.sign_bit();
         let nan = format.nan_bits();
@@ -235,7 +230,7 @@ impl Encoder {
     /// bit is worth `p/2^M`, as in the target, so the addition rounds as the target does, and leaves x's significand in
     /// the low bits: 0 .. 2^(M+1). Adding p's exponent counts it in; the hidden bit in the significand is one of it.
     #[inline(always)]
-    fn add<const PLAIN: bool>(&self, bits: u32) -> u32 {
+    pub(super) fn add<const PLAIN: bool>(&self, bits: u32) -> u32 {
         let a = (bits & MAGNITUDE).min(self.limit);
         let p = a.max(self.min_normal) & INFINITY;
         let sum = f32::from_bits(a) + f32::from_bits(p) * self.magic;
@@ -346,27 +341,12 @@ pub(crate) fn decode(isa: Isa, format: Format, codes: &[u8], dst: &mut [f32]) {
         }
         return;
     }
-    let m = format.fraction_bits();
-    let sign_bit = format.sign_bit();
-    let d = Decoder {
-        shift: 23 - m,
-        rebias: rebias(format),
-        min_normal: 1 << m,
-        unit: pow2(format.lowest_exponent() - m as i32) as f32,
-        max: format.max_bits(),
-        infinity: format.infinity_code().map_or(u32::MAX, u32::from),
-        negative_zero: match format.specials() {
-            Specials::NanIsNegativeZero => sign_bit,
-            _ => u32::MAX,
-        },
-        sign_bit,
-        sign_shift: 31 - sign_bit.trailing_zeros(),
-    };
-    isa.run(Decode { d, codes, dst });
+    isa.run(Decode { d: Decoder::new(format), codes, dst });
 }
 
+/// What a lane needs to know of a format.
 #[derive(Clone, Copy)]
-struct Decoder {
+pub(super) struct Decoder {
     /// `23 - M`.
     shift: u32,
     /// See [`rebias`].
@@ -383,6 +363,41 @@ struct Decoder {
     sign_shift: u32,
 }
 
+impl Decoder {
+    /// Not for [`Method::Scalar`] formats.
+    pub(super) fn new(format: Format) -> Self {
+        let m = format.fraction_bits();
+        let sign_bit = format.sign_bit();
+        Self {
+            shift: 23 - m,
+            rebias: rebias(format),
+            min_normal: 1 << m,
+            unit: pow2(format.lowest_exponent() - m as i32) as f32,
+            max: format.max_bits(),
+            infinity: format.infinity_code().map_or(u32::MAX, u32::from),
+            negative_zero: match format.specials() {
+                Specials::NanIsNegativeZero => sign_bit,
+                _ => u32::MAX,
+            },
+            sign_bit,
+            sign_shift: 31 - sign_bit.trailing_zeros(),
+        }
+    }
+
+    #[inline(always)]
+    pub(super) fn lane(&self, code: u8) -> f32 {
+        let code = u32::from(code) & (2 * self.sign_bit - 1);
+        let magnitude = code & (self.sign_bit - 1);
+        let normal = (magnitude << self.shift).wrapping_add(self.rebias);
+        let subnormal = (magnitude as i32 as f32 * self.unit).to_bits();
+        let finite = if magnitude < self.min_normal { subnormal } else { normal };
+        let special = if magnitude == self.infinity { INFINITY } else { 0x7fc0_0000 };
+        let is_special = (magnitude > self.max) | (code == self.negative_zero);
+        let bits = if is_special { special } else { finite };
+        f32::from_bits(bits | (code & self.sign_bit) << self.sign_shift)
+    }
+}
+
 struct Decode<'a> {
     d: Decoder,
     codes: &'a [u8],
@@ -394,15 +409,7 @@ impl Kernel for Decode<'_> {
     fn run<S: Simd>(self, _: S) {
         let d = self.d;
         for (x, &code) in self.dst.iter_mut().zip(self.codes) {
-            let code = code.to_bits() & (2 * d.sign_bit - 1);
-            let magnitude = code & (d.sign_bit - 1);
-            let normal = (magnitude << d.shift).wrapping_add(d.rebias);
-            let subnormal = (magnitude as i32 as f32 * d.unit).to_bits();
-            let finite = if magnitude < d.min_normal { subnormal } else { normal };
-            let special = if magnitude == d.infinity { INFINITY } else { 0x7fc0_0000 };
-            let is_special = (magnitude > d.max) | (code == d.negative_zero);
-            let bits = if is_special { special } else { finite };
-            *x = f32::from_bits(bits | (code & d.sign_bit) << d.sign_shift);
+            *x = d.lane(code);
         }
     }
 }

@@ -4,6 +4,7 @@
 //! instructions of whatever set it may use. So the result cannot depend on the set. [`Isa::run`] chooses the set at
 //! run time. Only looking things up in tables is written in instructions, [`Simd`], since no compiler finds those.
 
+pub(crate) mod blocks;
 pub(crate) mod lanes;
 pub(crate) mod table;
 #[cfg(all(target_arch = "x86_64", feature = "std"))]

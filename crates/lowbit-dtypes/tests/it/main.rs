@@ -1,5 +1,6 @@
 //! The public surface against tables, golden vectors and a slow exact model.
 
+mod blocks;
 mod codec;
 mod reference;
 mod slices;
