@@ -1,1 +1,94 @@
-fn main() {}
+//! The `lowbit` command: compare, evaluate and run quantized language models.
+#![forbid(unsafe_code)]
+
+mod compare;
+mod eval;
+mod generate;
+mod model;
+mod new_file;
+mod plot;
+
+use std::{num::NonZeroUsize, process::ExitCode, sync::Arc};
+
+use anyhow::Result;
+use clap::{Args, Parser, Subcommand};
+use indicatif::{ProgressBar, ProgressStyle};
+use lowbit::Context;
+
+/// Quantize language models and see what it costs and gains.
+#[derive(Parser)]
+#[command(version, max_term_width = 100)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Quantize a model by every method, and show size, loss and speed in a table
+    Compare(compare::Options),
+    /// Perplexity of a model on a text
+    Eval(eval::Options),
+    /// Continue a text
+    Generate(generate::Options),
+}
+
+/// The threads to compute on.
+#[derive(Args)]
+struct Threads {
+    /// Threads to compute on [default: one for each core]
+    #[arg(long, value_name = "N")]
+    threads: Option<NonZeroUsize>,
+}
+
+impl Threads {
+    fn context(&self) -> Result<Context> {
+        let cores = || std::thread::available_parallelism().unwrap_or(NonZeroUsize::MIN);
+        let threads = self.threads.unwrap_or_else(cores).get();
+        let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build()?;
+        Ok(Context::with_pool(Arc::new(pool)))
+    }
+}
+
+/// A bar on standard error; invisible where that is not a terminal.
+fn progress(steps: usize, what: &str) -> ProgressBar {
+    let style = ProgressStyle::with_template("{msg:28} {wide_bar} {pos}/{len} {eta:>4}")
+        .unwrap_or_else(|_| ProgressStyle::default_bar());
+    ProgressBar::new(steps as u64).with_style(style).with_message(what.to_string())
+}
+
+fn main() -> ExitCode {
+    let cli = match Cli::try_parse() {
+        Ok(cli) => cli,
+        Err(e) if !e.use_stderr() => e.exit(), // --help and --version
+        Err(e) => {
+            eprintln!("{}", one_line(&e.render().to_string()));
+            return ExitCode::from(2);
+        }
+    };
+    let result = match cli.command {
+        Command::Compare(options) => compare::run(&options),
+        Command::Eval(options) => eval::run(&options),
+        Command::Generate(options) => generate::run(&options),
+    };
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        // A reader that has seen enough, such as `head`, is no error.
+        Err(e) if e.downcast_ref::<std::io::Error>().is_some_and(broken_pipe) => ExitCode::SUCCESS,
+        Err(e) => {
+            eprintln!("lowbit: {e:#}");
+            ExitCode::from(2)
+        }
+    }
+}
+
+fn broken_pipe(e: &std::io::Error) -> bool {
+    e.kind() == std::io::ErrorKind::BrokenPipe
+}
+
+/// What is wrong, without the usage that clap adds in further paragraphs.
+fn one_line(message: &str) -> String {
+    let wrong = message.split("\n\n").next().unwrap_or(message);
+    let words: Vec<_> = wrong.trim_start_matches("error: ").split_whitespace().collect();
+    format!("lowbit: {}; see --help", words.join(" "))
+}

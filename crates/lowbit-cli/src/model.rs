@@ -1,0 +1,72 @@
+//! The model to work on: a folder of the user's, or the one that is part of the program.
+
+use std::{
+    path::{Path, PathBuf},
+    sync::Arc,
+};
+
+use anyhow::{Result, anyhow};
+use clap::builder::{PossibleValue, PossibleValuesParser, TypedValueParser};
+use lowbit::{Calibration, METHODS, Method, PackedLinear, kernels};
+use lowbit_lm::{Checkpoint, Model};
+
+use crate::progress;
+
+const NAME: &str = "stories3m (embedded)";
+const CONFIG: &[u8] = include_bytes!("../../../models/stories3m/config.json");
+const WEIGHTS: &[u8] = include_bytes!("../../../models/stories3m/model.safetensors");
+const TOKENIZER: &[u8] = include_bytes!("../../../models/stories3m/tokenizer.json");
+
+/// Documents that the embedded model itself has written, so that it predicts them as well as they
+/// can be predicted: whatever a quantized version predicts worse is its own loss.
+pub(crate) const EVAL_TOKENS: &str = include_str!("../../../models/stories3m/eval.tokens");
+
+/// Opens `folder`, or the embedded model.
+pub(crate) fn open(folder: Option<&PathBuf>) -> Result<Checkpoint> {
+    Ok(match folder {
+        Some(folder) => Checkpoint::open(folder)?,
+        None => Checkpoint::from_bytes(NAME, CONFIG, WEIGHTS, TOKENIZER)?,
+    })
+}
+
+/// Knows the methods by name, and lists them with what they are.
+pub(crate) fn method() -> impl TypedValueParser<Value = &'static Method> {
+    let names = METHODS.iter().map(|method| PossibleValue::new(method.name).help(method.about));
+    PossibleValuesParser::new(names)
+        .try_map(|name| Method::named(&name).ok_or("a method without a name"))
+}
+
+/// Knows the kernels of this CPU.
+pub(crate) fn kernel() -> impl TypedValueParser<Value = &'static str> {
+    PossibleValuesParser::new(kernels())
+        .try_map(|name| kernels().find(|&kernel| kernel == name).ok_or("no kernel of this CPU"))
+}
+
+/// Reads a file that the user named.
+pub(crate) fn read(file: &Path) -> Result<Vec<u8>> {
+    std::fs::read(file).map_err(|e| anyhow!("cannot read {}: {e}", file.display()))
+}
+
+/// The model with every linear layer quantized and packed, and the bytes that those layers store.
+pub(crate) fn quantize(
+    model: &Model,
+    checkpoint: &Checkpoint,
+    method: &Method,
+    kernel: Option<&str>,
+) -> Result<(Model, usize)> {
+    let bar = progress(checkpoint.linear_names().len(), &format!("{}: quantizing", method.name));
+    let mut bytes = 0;
+    let quantized = model.with_linears(checkpoint, |layer| {
+        let weight = layer.weight.as_ref();
+        let q = method.quantizer.quantize(weight, &Calibration::new(weight.cols()))?;
+        let q = q.with_bias(layer.bias)?;
+        bytes += q.weight().bytes();
+        bar.inc(1);
+        Ok(Arc::new(match kernel {
+            Some(kernel) => PackedLinear::with_kernel(&q, kernel)?,
+            None => PackedLinear::new(&q)?,
+        }))
+    })?;
+    bar.finish_and_clear();
+    Ok((quantized, bytes))
+}

@@ -1,0 +1,99 @@
+//! Quality against size, as a picture.
+
+use anyhow::{Result, anyhow};
+use plotters::prelude::*;
+
+use crate::compare::Row;
+
+const SIZE: (u32, u32) = (960, 640);
+const FONT: &str = "sans-serif";
+/// Pixels that a label takes: a line, and roughly a character.
+const LINE: i32 = 17;
+const CHARACTER: i32 = 8;
+
+/// Draws mean KL divergence (logarithmic) over bits per weight and returns the SVG.
+///
+/// Methods without loss (f32 itself) have no place on a logarithmic axis and are left out.
+pub(crate) fn svg(model: &str, rows: &[Row]) -> Result<String> {
+    let mut points: Vec<_> = rows.iter().filter(|row| row.kl > 0.0).collect();
+    if points.is_empty() {
+        return Err(anyhow!("nothing to plot: no method differs from f32"));
+    }
+    points.sort_by(|a, b| b.kl.total_cmp(&a.kl));
+    let over = |f: fn(&Row) -> f64| {
+        points.iter().fold((f64::MAX, f64::MIN), |(lo, hi), row| (lo.min(f(row)), hi.max(f(row))))
+    };
+    let (x, y) = (over(|row| row.bits_per_weight), over(|row| row.kl));
+
+    let mut svg = String::new();
+    {
+        let root = SVGBackend::with_string(&mut svg, SIZE).into_drawing_area();
+        root.fill(&WHITE)?;
+        let mut chart = ChartBuilder::on(&root)
+            .caption(format!("{model}: loss against size, down and left is better"), (FONT, 20))
+            .margin(16)
+            .x_label_area_size(48)
+            .y_label_area_size(80)
+            .build_cartesian_2d(
+                (x.0 - 0.5).floor()..x.1.ceil() + 1.0,
+                (y.0 / 2.0..y.1 * 2.0).log_scale(),
+            )?;
+        chart
+            .configure_mesh()
+            .x_desc("bits per weight")
+            .y_desc("mean KL divergence from f32, nats per token")
+            .y_label_formatter(&|kl| format!("{kl}"))
+            .light_line_style(WHITE)
+            .bold_line_style(BLACK.mix(0.12))
+            .label_style((FONT, 14))
+            .axis_desc_style((FONT, 16))
+            .draw()?;
+
+        // Labels stand right of their points, and lower where another one is already.
+        let mut labels: Vec<(i32, i32, i32)> = Vec::new();
+        for row in points {
+            let point = chart.backend_coord(&(row.bits_per_weight, row.kl));
+            let width = CHARACTER * row.method.len() as i32;
+            let (left, mut top) = (point.0 + 14, point.1 - LINE / 2);
+            while labels.iter().any(|&(other, end, line)| {
+                left < end && other < left + width && (top - line).abs() < LINE
+            }) {
+                top += 1;
+            }
+            labels.push((left, left + width, top));
+            let line = [point, (left - 2, top + LINE / 2)];
+            root.draw(&PathElement::new(line, BLACK.mix(0.3)))?;
+            root.draw(&Circle::new(point, 5, RGBColor(0x1f, 0x77, 0xb4).filled()))?;
+            root.draw(&Text::new(row.method.clone(), (left, top + 2), (FONT, 14)))?;
+        }
+        root.present()?;
+    }
+    Ok(svg)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn row(method: &str, bits_per_weight: f64, kl: f64) -> Row {
+        Row {
+            method: method.into(),
+            bits_per_weight,
+            weight_bytes: 1,
+            perplexity: 1.0,
+            kl,
+            top1: 1.0,
+            prefill_tokens_per_s: 1.0,
+            decode_tokens_per_s: 1.0,
+        }
+    }
+
+    #[test]
+    fn every_method_with_a_loss_is_drawn() {
+        let rows = [row("f32", 32.0, 0.0), row("a", 4.0, 0.1), row("b", 4.0, 0.1)];
+        let svg = svg("model", &rows).unwrap();
+        assert_eq!(svg.matches("<circle").count(), 2);
+        assert!(!svg.contains("\nf32"));
+        assert!(super::svg("model", &rows[..1]).is_err());
+    }
+}

@@ -1,0 +1,196 @@
+//! The command as a user meets it: what it prints, and how it refuses.
+
+use std::{
+    fs,
+    path::{Path, PathBuf},
+    process::{Command, Output},
+};
+
+use serde_json::Value;
+use tempfile::TempDir;
+
+fn lowbit(args: &[&str]) -> Output {
+    Command::new(env!("CARGO_BIN_EXE_lowbit")).args(args).output().unwrap()
+}
+
+/// Exit status 2, nothing on standard output, and one line that has all of `words` in it.
+#[track_caller]
+fn refuses(args: &[&str], words: &[&str]) {
+    let output = lowbit(args);
+    let stderr = String::from_utf8(output.stderr).unwrap();
+    assert_eq!(output.status.code(), Some(2), "{args:?}: {stderr}");
+    assert!(output.stdout.is_empty(), "{args:?} printed {:?}", output.stdout);
+    assert_eq!(stderr.lines().count(), 1, "{args:?}: {stderr}");
+    for word in words {
+        assert!(stderr.contains(word), "{args:?}: no {word:?} in {stderr}");
+    }
+}
+
+fn embedded() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../../models/stories3m")
+}
+
+/// A copy of the embedded model for a test to damage.
+struct Copy(TempDir);
+
+impl Copy {
+    fn new() -> Self {
+        let folder = TempDir::new().unwrap();
+        for file in ["config.json", "tokenizer.json", "model.safetensors"] {
+            fs::copy(embedded().join(file), folder.path().join(file)).unwrap();
+        }
+        fs::write(folder.path().join("text.txt"), "Once upon a time there was a cat.").unwrap();
+        Self(folder)
+    }
+
+    fn file(&self, name: &str) -> PathBuf {
+        self.0.path().join(name)
+    }
+
+    fn edit(self, name: &str, f: impl FnOnce(&mut Vec<u8>)) -> Self {
+        let mut bytes = fs::read(self.file(name)).unwrap();
+        f(&mut bytes);
+        fs::write(self.file(name), bytes).unwrap();
+        self
+    }
+
+    fn replace(self, name: &str, from: &str, to: &str) -> Self {
+        self.edit(name, |bytes| {
+            let at = bytes.windows(from.len()).position(|w| w == from.as_bytes()).expect(from);
+            bytes.splice(at..at + from.len(), to.bytes());
+        })
+    }
+
+    #[track_caller]
+    fn refused(&self, words: &[&str]) {
+        let (model, text) = (self.0.path().to_str().unwrap(), self.file("text.txt"));
+        refuses(&["eval", model, "--text", text.to_str().unwrap()], words);
+        refuses(&["compare", model, "--text", text.to_str().unwrap()], words);
+        refuses(&["generate", model, "--prompt", "Once"], words);
+    }
+}
+
+#[test]
+fn compare_prints_json_and_nothing_else() {
+    let folder = TempDir::new().unwrap();
+    let plot = folder.path().join("plot.svg");
+    let output = lowbit(&[
+        "compare",
+        "--json",
+        "--methods",
+        "int8,int2-g32",
+        "--max-tokens",
+        "400",
+        "--threads",
+        "1",
+        "--plot",
+        plot.to_str().unwrap(),
+    ]);
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    let report: Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert!(report["model"].as_str().unwrap().contains("stories3m"));
+    assert!((1..=400).contains(&report["tokens"].as_u64().unwrap()));
+    let rows = report["rows"].as_array().unwrap();
+    let methods: Vec<_> = rows.iter().map(|row| row["method"].as_str().unwrap()).collect();
+    assert_eq!(methods, ["f32", "int8", "int2-g32"]);
+    let number = |row: usize, key: &str| rows[row][key].as_f64().expect(key);
+    assert_eq!((number(0, "kl"), number(0, "top1")), (0.0, 1.0));
+    assert!((number(1, "perplexity") / number(0, "perplexity") - 1.0).abs() < 0.01);
+    assert!(number(1, "kl") < number(2, "kl"));
+    assert!((number(2, "bits_per_weight") - 2.5).abs() < 1e-9);
+    assert_eq!(number(2, "weight_bytes") * 32.0, number(0, "weight_bytes") * 2.5);
+    for row in 0..3 {
+        assert!(number(row, "prefill_tokens_per_s") > 0.0);
+        assert!(number(row, "decode_tokens_per_s") > 0.0);
+    }
+    let svg = fs::read_to_string(plot).unwrap();
+    assert!(svg.starts_with("<svg") && svg.contains("int2-g32"));
+}
+
+#[test]
+fn eval_reports_the_perplexity_of_a_text() {
+    let copy = Copy::new();
+    let (model, text) = (copy.0.path().to_str().unwrap(), copy.file("text.txt"));
+    let output = lowbit(&["eval", model, "--text", text.to_str().unwrap(), "--json"]);
+    let report: Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert!((1.0..1024.0).contains(&report["perplexity"].as_f64().unwrap()), "{report}");
+    assert_eq!(report["windows"], 1);
+}
+
+#[test]
+fn generate_continues_the_prompt_the_same_way_for_the_same_seed() {
+    let model = embedded();
+    let generate = |extra: &[&str]| {
+        let prompt = [
+            "generate",
+            model.to_str().unwrap(),
+            "--prompt",
+            "Once upon a time",
+            "--max-tokens",
+            "20",
+        ];
+        let output = lowbit(&[&prompt[..], extra].concat());
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        String::from_utf8(output.stdout).unwrap()
+    };
+    let greedy = generate(&[]);
+    assert!(greedy.starts_with("Once upon a time") && greedy.len() > 30, "{greedy}");
+    let sampled = generate(&["--temperature", "1", "--seed", "7"]);
+    assert_eq!(sampled, generate(&["--temperature", "1", "--seed", "7", "--threads", "1"]));
+    assert_ne!(sampled, generate(&["--temperature", "1", "--seed", "8"]));
+}
+
+#[test]
+fn requests_that_make_no_sense_are_refused() {
+    refuses(&["compare", "--methods", "int8,int99"], &["int99", "int4-g32"]);
+    refuses(&["compare", "--threads", "0"], &["threads", "0"]);
+    refuses(&["compare", "--kernel", "abacus"], &["abacus", "scalar"]);
+    refuses(&["compare", "--plot", "/does/not/exist/plot.svg"], &["/does/not/exist/plot.svg"]);
+    refuses(&["compare", "--max-tokens", "0"], &["0"]);
+    refuses(&["compare", "/does/not/exist"], &["/does/not/exist"]);
+    refuses(&["eval", "/does/not/exist", "--text", "/nor/this"], &["/nor/this"]);
+    refuses(&["nonsense"], &["nonsense"]);
+    let model = embedded();
+    refuses(
+        &["generate", model.to_str().unwrap(), "--prompt", "a", "--temperature", "-1"],
+        &["temperature"],
+    );
+}
+
+#[test]
+fn texts_that_cannot_be_evaluated_are_refused() {
+    let copy = Copy::new().edit("text.txt", |text| *text = b" \n ".to_vec());
+    let (model, text) = (copy.0.path().to_str().unwrap(), copy.file("text.txt"));
+    refuses(&["eval", model, "--text", text.to_str().unwrap()], &["text.txt", "no text"]);
+    let copy = copy.edit("text.txt", |text| *text = b"Once upon a time".to_vec());
+    let text = copy.file("text.txt");
+    let eval = ["eval", model, "--text", text.to_str().unwrap()];
+    refuses(&[&eval[..], &["--window", "512"]].concat(), &["513", "512"]);
+    refuses(&[&eval[..], &["--window", "0"]].concat(), &["window 0"]);
+}
+
+#[test]
+fn damaged_models_are_refused_by_file_and_tensor() {
+    let weights = "model.safetensors";
+    Copy::new().edit(weights, |bytes| bytes.truncate(4)).refused(&[weights]);
+    Copy::new().edit(weights, |bytes| bytes.truncate(5000)).refused(&[weights]);
+    Copy::new().edit(weights, |bytes| bytes.truncate(bytes.len() - 1)).refused(&[weights]);
+    Copy::new()
+        .edit(weights, |bytes| {
+            let end = bytes.len();
+            bytes[end - 2..].copy_from_slice(&0x7fc0_u16.to_le_bytes()); // a bf16 NaN
+        })
+        .refused(&[weights, "model.", "not finite"]);
+    Copy::new().replace(weights, "\"BF16\"", "\"I16\" ").refused(&[weights, "I16"]);
+    Copy::new()
+        .replace("config.json", "\"intermediate_size\": 640", "\"intermediate_size\": 641")
+        .refused(&[weights, "mlp.", "641"]);
+    Copy::new()
+        .replace("config.json", "LlamaForCausalLM", "GrokForCausalLM")
+        .refused(&["config.json", "Grok"]);
+    Copy::new().edit("config.json", |json| json.truncate(9)).refused(&["config.json"]);
+    Copy::new().edit("tokenizer.json", |json| json.truncate(9)).refused(&["tokenizer.json"]);
+    let copy = Copy::new();
+    fs::remove_file(copy.file(weights)).unwrap();
+    copy.refused(&[weights]);
+}
