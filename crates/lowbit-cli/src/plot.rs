@@ -49,18 +49,23 @@ pub(crate) fn svg(model: &str, rows: &[Row]) -> Result<String> {
             .axis_desc_style((FONT, 16))
             .draw()?;
 
-        // Labels stand right of their points, and lower where another one is already.
-        let mut labels: Vec<(i32, i32, i32)> = Vec::new();
+        // Labels stand right of their points, and lower where a point or another label is already.
+        let place = |row: &Row| chart.backend_coord(&(row.bits_per_weight, row.kl));
+        let mut taken: Vec<_> = points
+            .iter()
+            .map(|row| place(row))
+            .map(|(x, y)| (x - 6, x + 6, y - LINE / 2))
+            .collect();
         for row in points {
-            let point = chart.backend_coord(&(row.bits_per_weight, row.kl));
+            let point = place(row);
             let width = CHARACTER * row.method.len() as i32;
             let (left, mut top) = (point.0 + 14, point.1 - LINE / 2);
-            while labels.iter().any(|&(other, end, line)| {
+            while taken.iter().any(|&(other, end, line)| {
                 left < end && other < left + width && (top - line).abs() < LINE
             }) {
                 top += 1;
             }
-            labels.push((left, left + width, top));
+            taken.push((left, left + width, top));
             let line = [point, (left - 2, top + LINE / 2)];
             root.draw(&PathElement::new(line, BLACK.mix(0.3)))?;
             root.draw(&Circle::new(point, 5, RGBColor(0x1f, 0x77, 0xb4).filled()))?;
