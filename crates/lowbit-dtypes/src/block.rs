@@ -114,12 +114,7 @@ impl Mx {
             Some(format) => (format.max(), format.fraction_bits()),
             None => (127.0 / 64.0, 6),
         };
-        let scaling = Scaling {
-            rule,
-            max_exponent: (max.to_bits() >> 23) as i32 - 127,
-            max_fraction: max.to_bits() & 0x7f_ffff,
-            fraction_bits,
-        };
+        let scaling = Scaling::new(rule, max, fraction_bits);
         match self.format() {
             Some(format) => {
                 let element = Float::new(format);
@@ -194,7 +189,7 @@ impl Nvfp4 {
     /// # Errors
     /// [`Error::NotFinite`] at the first NaN or infinity.
     pub fn fit(x: &[f32]) -> Result<Self> {
-        let max = crate::simd::table::abs_max(x);
+        let max = Isa::best().abs_max(x);
         if !max.is_finite() {
             first_not_finite(x)?;
         }

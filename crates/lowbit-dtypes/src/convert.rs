@@ -51,13 +51,13 @@ pub(crate) mod sealed {
         fn as_f32_mut(_: &mut [Self]) -> Option<&mut [f32]> {
             None
         }
-        fn parts(self) -> Parts;
+        /// The slice itself, if it is one of f64.
+        fn as_f64(_: &[Self]) -> Option<&[f64]> {
+            None
+        }
         /// Exact, or rounded to odd.
         fn to_f32s(isa: Isa, src: &[Self], dst: &mut [f32]);
         fn from_f32s(isa: Isa, src: &[f32], dst: &mut [Self]);
-        /// Whether `to_f32s` is exact.
-        const EXACT: bool = true;
-        const ZERO: Self;
     }
 
     pub trait Small: bytemuck::Pod {
@@ -78,56 +78,42 @@ impl sealed::Real for f32 {
     fn as_f32_mut(x: &mut [Self]) -> Option<&mut [f32]> {
         Some(x)
     }
-    fn parts(self) -> Parts {
-        Parts::of_f32(self)
-    }
     fn to_f32s(_: Isa, src: &[Self], dst: &mut [f32]) {
         dst.copy_from_slice(src);
     }
     fn from_f32s(_: Isa, src: &[f32], dst: &mut [Self]) {
         dst.copy_from_slice(src);
     }
-    const ZERO: Self = 0.0;
 }
 
 impl sealed::Real for f64 {
-    fn parts(self) -> Parts {
-        Parts::of_f64(self)
+    fn as_f64(x: &[Self]) -> Option<&[f64]> {
+        Some(x)
     }
     fn to_f32s(isa: Isa, src: &[Self], dst: &mut [f32]) {
         isa.run(ToOdd { src, dst });
     }
     fn from_f32s(isa: Isa, src: &[f32], dst: &mut [Self]) {
-        isa.run(Map(src, dst, f64::from));
+        isa.run(Map(src, dst));
     }
-    const EXACT: bool = false;
-    const ZERO: Self = 0.0;
 }
 
 impl sealed::Real for f16 {
-    fn parts(self) -> Parts {
-        Parts::of_f32(self.to_f32())
-    }
     fn to_f32s(_: Isa, src: &[Self], dst: &mut [f32]) {
         src.convert_to_f32_slice(dst);
     }
     fn from_f32s(isa: Isa, src: &[f32], dst: &mut [Self]) {
         narrow(isa, src, dst, Rounding::NearestEven, Overflow::Infinity);
     }
-    const ZERO: Self = Self::ZERO;
 }
 
 impl sealed::Real for bf16 {
-    fn parts(self) -> Parts {
-        Parts::of_f32(self.to_f32())
-    }
     fn to_f32s(isa: Isa, src: &[Self], dst: &mut [f32]) {
-        isa.run(Map(src, dst, |x: bf16| f32::from_bits(u32::from(x.to_bits()) << 16)));
+        isa.run(Map(src, dst));
     }
     fn from_f32s(isa: Isa, src: &[f32], dst: &mut [Self]) {
         narrow(isa, src, dst, Rounding::NearestEven, Overflow::Infinity);
     }
-    const ZERO: Self = Self::ZERO;
 }
 
 impl sealed::Small for f16 {
@@ -146,13 +132,23 @@ impl sealed::Small for bf16 {
     }
 }
 
-struct Map<'a, S, D, F>(&'a [S], &'a mut [D], F);
+/// Exact conversion, one by one.
+struct Map<'a, A, B>(&'a [A], &'a mut [B]);
 
-impl<A: Copy, D, F: Fn(A) -> D> Kernel for Map<'_, A, D, F> {
+impl Kernel for Map<'_, f32, f64> {
     #[inline(always)]
     fn run<S: Simd>(self, _: S) {
         for (y, &x) in self.1.iter_mut().zip(self.0) {
-            *y = self.2(x);
+            *y = f64::from(x);
+        }
+    }
+}
+
+impl Kernel for Map<'_, bf16, f32> {
+    #[inline(always)]
+    fn run<S: Simd>(self, _: S) {
+        for (y, x) in self.1.iter_mut().zip(self.0) {
+            *y = f32::from_bits(u32::from(x.to_bits()) << 16);
         }
     }
 }
@@ -190,11 +186,8 @@ fn encode_any<S: Real, C: Code>(
         return lanes::encode(isa, format, src, dst, rounding, overflow);
     }
     // Rounding to odd keeps what the other roundings ask of the lost bits, but not how many there were.
-    if !S::EXACT && matches!(rounding, Rounding::Stochastic { .. }) {
-        for (i, (code, x)) in dst.iter_mut().zip(src).enumerate() {
-            *code = C::from_bits(format.encode_parts(x.parts(), rounding.at(i), overflow));
-        }
-        return;
+    if let (Some(src), Rounding::Stochastic { seed, index }) = (S::as_f64(src), rounding) {
+        return lanes::encode_f64_stochastic(isa, format, src, dst, (seed, index), overflow);
     }
     let mut buffer = [0.0; CHUNK];
     for (i, (src, dst)) in src.chunks(CHUNK).zip(dst.chunks_mut(CHUNK)).enumerate() {

@@ -1,5 +1,6 @@
 //! Integers of 1 to 16 bits in bytes.
 
+use crate::simd::{Isa, Kernel, Simd};
 use crate::{Error, Result};
 
 mod sealed {
@@ -8,15 +9,18 @@ mod sealed {
 
 /// An integer that [`pack`] takes and [`unpack`] gives: `u8` and `i8` for widths up to 8 bits, `u16` and `i16` for
 /// widths up to 16. Signed ones are two's complement at their width: 4-bit −1 is `0b1111`.
-pub trait Packed: Copy + sealed::Sealed {
+pub trait Packed: Copy + Eq + core::ops::BitOr<Output = Self> + sealed::Sealed {
     /// The widest field, in bits.
     const BITS: u32;
     #[doc(hidden)]
     fn to_i32(self) -> i32;
     #[doc(hidden)]
     fn from_field(field: u32, bits: u32) -> Self;
+    /// Nothing but zeros from bit `bits` (of signed types, `bits - 1`) up, if the value fits `bits` bits.
     #[doc(hidden)]
-    const SIGNED: bool;
+    fn spare(self, bits: u32) -> Self;
+    #[doc(hidden)]
+    const ZERO: Self;
 }
 
 macro_rules! packed {
@@ -24,7 +28,6 @@ macro_rules! packed {
         impl sealed::Sealed for $t {}
         impl Packed for $t {
             const BITS: u32 = $t::BITS;
-            const SIGNED: bool = $signed;
             #[inline(always)]
             fn to_i32(self) -> i32 {
                 self.into()
@@ -35,6 +38,14 @@ macro_rules! packed {
                 let shift = $t::BITS - bits;
                 (field as $t) << shift >> shift
             }
+            #[inline(always)]
+            fn spare(self, bits: u32) -> Self {
+                // v ^ sign(v) has ones where v differs from its sign; an unsigned number's sign is 0.
+                let sign = if $signed { self >> ($t::BITS - 1) } else { 0 };
+                let used = bits - u32::from($signed);
+                if used < $t::BITS { (self ^ sign) >> used } else { 0 }
+            }
+            const ZERO: Self = 0;
         }
     )*};
 }
@@ -59,20 +70,33 @@ fn check_bits<T: Packed>(bits: u32) -> Result<()> {
     }
 }
 
-fn check_range<T: Packed>(bits: u32, values: &[T]) -> Result<()> {
-    if bits == T::BITS {
-        return Ok(());
-    }
-    let (low, high) =
-        if T::SIGNED { (-1 << (bits - 1), (1 << (bits - 1)) - 1) } else { (0, (1 << bits) - 1) };
-    let outside = |v: T| (v.to_i32() < low) | (v.to_i32() > high);
-    // The first pass has no exit, so that it vectorizes; the second only finds the culprit.
-    if values.iter().fold(false, |any, &v| any | outside(v))
-        && let Some(index) = values.iter().position(|&v| outside(v))
+fn check_range<T: Packed>(isa: Isa, bits: u32, values: &[T]) -> Result<()> {
+    let mut spare = T::ZERO;
+    isa.run(Spare { bits, values, spare: &mut spare });
+    if spare != T::ZERO
+        && let Some(index) = values.iter().position(|v| v.spare(bits) != T::ZERO)
     {
         return Err(Error::Range { bits, value: values[index].to_i32(), index });
     }
     Ok(())
+}
+
+/// The bits that should be zero, of all values; without an exit on the way, so that it vectorizes.
+struct Spare<'a, T> {
+    bits: u32,
+    values: &'a [T],
+    spare: &'a mut T,
+}
+
+impl<T: Packed> Kernel for Spare<'_, T> {
+    #[inline(always)]
+    fn run<S: Simd>(self, _: S) {
+        let mut spare = T::ZERO;
+        for v in self.values {
+            spare = spare | v.spare(self.bits);
+        }
+        *self.spare = spare;
+    }
 }
 
 /// Packs integers of `bits` bits one after the other, least significant bit first: integer i is bits
@@ -94,28 +118,63 @@ fn check_range<T: Packed>(bits: u32, values: &[T]) -> Result<()> {
 pub fn pack<T: Packed>(bits: u32, values: &[T], packed: &mut [u8]) -> Result<()> {
     check_bits::<T>(bits)?;
     crate::error::same_length("packed", packed_len(values.len(), bits), packed.len())?;
-    check_range(bits, values)?;
-    let mask = (1 << bits) - 1;
-    let field = |v: T| v.to_i32() as u32 & mask;
-    if bits == 4 {
-        let (pairs, rest) = values.as_chunks::<2>();
-        for (byte, &[low, high]) in packed.iter_mut().zip(pairs) {
-            *byte = (field(low) | field(high) << 4) as u8;
-        }
-        if let [last] = rest {
-            packed[pairs.len()] = field(*last) as u8;
-        }
-        return Ok(());
-    }
-    // Eight integers are `bits` whole bytes.
-    for (values, bytes) in values.chunks(8).zip(packed.chunks_mut(bits as usize)) {
-        let mut word = 0u128;
-        for (i, &v) in values.iter().enumerate() {
-            word |= u128::from(field(v)) << (i as u32 * bits);
-        }
-        bytes.copy_from_slice(&word.to_le_bytes()[..bytes.len()]);
-    }
+    let isa = Isa::best();
+    check_range(isa, bits, values)?;
+    isa.run(Pack { bits, values, packed });
     Ok(())
+}
+
+struct Pack<'a, T> {
+    bits: u32,
+    values: &'a [T],
+    packed: &'a mut [u8],
+}
+
+impl<T: Packed> Kernel for Pack<'_, T> {
+    #[inline(always)]
+    fn run<S: Simd>(self, _: S) {
+        let Self { bits, values, packed } = self;
+        match bits {
+            1 => pack_width::<T, 1>(values, packed),
+            2 => pack_width::<T, 2>(values, packed),
+            3 => pack_width::<T, 3>(values, packed),
+            4 => pack_width::<T, 4>(values, packed),
+            5 => pack_width::<T, 5>(values, packed),
+            6 => pack_width::<T, 6>(values, packed),
+            7 => pack_width::<T, 7>(values, packed),
+            8 => pack_width::<T, 8>(values, packed),
+            _ => {
+                for (values, bytes) in values.chunks(8).zip(packed.chunks_mut(bits as usize)) {
+                    let word = fields::<T>(bits, values);
+                    bytes.copy_from_slice(&word.to_le_bytes()[..bytes.len()]);
+                }
+            }
+        }
+    }
+}
+
+/// Up to eight integers in a word; eight are `bits` whole bytes.
+#[inline(always)]
+fn fields<T: Packed>(bits: u32, values: &[T]) -> u128 {
+    let mask = (1 << bits) - 1;
+    let mut word = 0;
+    for (i, &v) in values.iter().enumerate() {
+        word |= u128::from(v.to_i32() as u32 & mask) << (i as u32 * bits);
+    }
+    word
+}
+
+/// [`pack`] for a width known to the compiler, which makes eight integers a few shifts.
+#[inline(always)]
+fn pack_width<T: Packed, const BITS: usize>(values: &[T], packed: &mut [u8]) {
+    let (values, values_rest) = values.as_chunks::<8>();
+    let (bytes, bytes_rest) = packed.split_at_mut(values.len() * BITS);
+    for (values, bytes) in values.iter().zip(bytes.as_chunks_mut::<BITS>().0) {
+        let word = (fields(BITS as u32, values) as u64).to_le_bytes();
+        bytes.copy_from_slice(&word[..BITS]);
+    }
+    let word = fields(BITS as u32, values_rest).to_le_bytes();
+    bytes_rest.copy_from_slice(&word[..bytes_rest.len()]);
 }
 
 /// The reverse of [`pack`]; the unused bits of the last byte are ignored.
@@ -132,27 +191,59 @@ pub fn pack<T: Packed>(bits: u32, values: &[T], packed: &mut [u8]) -> Result<()>
 pub fn unpack<T: Packed>(bits: u32, packed: &[u8], values: &mut [T]) -> Result<()> {
     check_bits::<T>(bits)?;
     crate::error::same_length("packed", packed_len(values.len(), bits), packed.len())?;
-    if bits == 4 {
-        let (pairs, rest) = values.as_chunks_mut::<2>();
-        for (&byte, pair) in packed.iter().zip(&mut *pairs) {
-            let byte = u32::from(byte);
-            *pair = [T::from_field(byte & 15, 4), T::from_field(byte >> 4, 4)];
-        }
-        if let [last] = rest {
-            *last = T::from_field(u32::from(packed[pairs.len()]) & 15, 4);
-        }
-        return Ok(());
-    }
-    let mask = (1 << bits) - 1;
-    for (values, bytes) in values.chunks_mut(8).zip(packed.chunks(bits as usize)) {
-        let mut word = [0; 16];
-        word[..bytes.len()].copy_from_slice(bytes);
-        let word = u128::from_le_bytes(word);
-        for (i, v) in values.iter_mut().enumerate() {
-            *v = T::from_field((word >> (i as u32 * bits)) as u32 & mask, bits);
-        }
-    }
+    Isa::best().run(Unpack { bits, packed, values });
     Ok(())
+}
+
+struct Unpack<'a, T> {
+    bits: u32,
+    packed: &'a [u8],
+    values: &'a mut [T],
+}
+
+impl<T: Packed> Kernel for Unpack<'_, T> {
+    #[inline(always)]
+    fn run<S: Simd>(self, _: S) {
+        let Self { bits, packed, values } = self;
+        match bits {
+            1 => unpack_width::<T, 1>(packed, values),
+            2 => unpack_width::<T, 2>(packed, values),
+            3 => unpack_width::<T, 3>(packed, values),
+            4 => unpack_width::<T, 4>(packed, values),
+            5 => unpack_width::<T, 5>(packed, values),
+            6 => unpack_width::<T, 6>(packed, values),
+            7 => unpack_width::<T, 7>(packed, values),
+            8 => unpack_width::<T, 8>(packed, values),
+            _ => {
+                for (values, bytes) in values.chunks_mut(8).zip(packed.chunks(bits as usize)) {
+                    from_fields(bits, bytes, values);
+                }
+            }
+        }
+    }
+}
+
+/// The reverse of [`fields`].
+#[inline(always)]
+fn from_fields<T: Packed>(bits: u32, bytes: &[u8], values: &mut [T]) {
+    let mask = (1 << bits) - 1;
+    let mut word = [0; 16];
+    word[..bytes.len()].copy_from_slice(bytes);
+    let word = u128::from_le_bytes(word);
+    for (i, v) in values.iter_mut().enumerate() {
+        *v = T::from_field((word >> (i as u32 * bits)) as u32 & mask, bits);
+    }
+}
+
+/// [`unpack`] for a width known to the compiler.
+#[inline(always)]
+fn unpack_width<T: Packed, const BITS: usize>(packed: &[u8], values: &mut [T]) {
+    let (values, values_rest) = values.as_chunks_mut::<8>();
+    let (bytes, bytes_rest) = packed.split_at(values.len() * BITS);
+    for (values, bytes) in values.iter_mut().zip(bytes.as_chunks::<BITS>().0) {
+        from_fields(BITS as u32, bytes, values);
+    }
+    from_fields(BITS as u32, bytes_rest, values_rest);
 }
 
 /// Where the files of other libraries keep the two halves of a byte.
@@ -188,19 +279,6 @@ impl NibbleOrder {
         }
     }
 
-    /// The nibble (counting low before high) that holds element `i` of its block.
-    #[inline(always)]
-    const fn nibble(self, i: usize) -> usize {
-        let half = self.block() / 2;
-        match self {
-            Self::LowFirst => i,
-            Self::HighFirst => i ^ 1,
-            Self::Halves { .. } => (i % half) * 2 + i / half,
-            Self::HalvesHighFirst { .. } => ((i % half) * 2 + i / half) ^ 1,
-            Self::Awq => (i % 2) * 4 + i / 2,
-        }
-    }
-
     fn check(self, count: usize, bytes: usize) -> Result<()> {
         let block = self.block();
         let pads = matches!(self, Self::LowFirst | Self::HighFirst);
@@ -226,27 +304,18 @@ impl NibbleOrder {
     /// ```
     pub fn pack(self, codes: &[u8], packed: &mut [u8]) -> Result<()> {
         self.check(codes.len(), packed.len())?;
-        check_range(4, codes)?;
-        if let Self::LowFirst | Self::HighFirst = self {
-            let (low, high) = if self == Self::LowFirst { (0, 4) } else { (4, 0) };
-            let (pairs, rest) = codes.as_chunks::<2>();
-            for (byte, &[a, b]) in packed.iter_mut().zip(pairs) {
-                *byte = a << low | b << high;
-            }
-            if let [last] = rest {
-                packed[pairs.len()] = last << low;
-            }
-            return Ok(());
-        }
-        packed.fill(0);
-        let block = self.block();
-        for (codes, bytes) in codes.chunks_exact(block).zip(packed.chunks_exact_mut(block / 2)) {
-            for (i, code) in codes.iter().enumerate() {
-                let nibble = self.nibble(i);
-                bytes[nibble / 2] |= code << (nibble % 2 * 4);
-            }
-        }
+        let isa = Isa::best();
+        check_range(isa, 4, codes)?;
+        isa.run(PackNibbles { order: self, codes, packed });
         Ok(())
+    }
+
+    /// Where a byte holds the first and the second of its two elements.
+    const fn shifts(self) -> (u32, u32) {
+        match self {
+            Self::LowFirst | Self::Halves { .. } | Self::Awq => (0, 4),
+            Self::HighFirst | Self::HalvesHighFirst { .. } => (4, 0),
+        }
     }
 
     /// The reverse of [`pack`](Self::pack).
@@ -263,14 +332,88 @@ impl NibbleOrder {
     /// ```
     pub fn unpack(self, packed: &[u8], codes: &mut [u8]) -> Result<()> {
         self.check(codes.len(), packed.len())?;
-        let block = self.block();
-        for (codes, bytes) in codes.chunks_mut(block).zip(packed.chunks(block / 2)) {
-            for (i, code) in codes.iter_mut().enumerate() {
-                let nibble = self.nibble(i);
-                *code = bytes[nibble / 2] >> (nibble % 2 * 4) & 15;
+        Isa::best().run(UnpackNibbles { order: self, packed, codes });
+        Ok(())
+    }
+}
+
+struct PackNibbles<'a> {
+    order: NibbleOrder,
+    codes: &'a [u8],
+    packed: &'a mut [u8],
+}
+
+impl Kernel for PackNibbles<'_> {
+    #[inline(always)]
+    fn run<S: Simd>(self, _: S) {
+        let Self { order, codes, packed } = self;
+        let (low, high) = order.shifts();
+        match order {
+            NibbleOrder::LowFirst | NibbleOrder::HighFirst => {
+                let (pairs, rest) = codes.as_chunks::<2>();
+                for (byte, &[a, b]) in packed.iter_mut().zip(pairs) {
+                    *byte = a << low | b << high;
+                }
+                if let [last] = rest {
+                    packed[pairs.len()] = last << low;
+                }
+            }
+            NibbleOrder::Halves { block } | NibbleOrder::HalvesHighFirst { block } => {
+                for (codes, bytes) in codes.chunks(block).zip(packed.chunks_mut(block / 2)) {
+                    let (a, b) = codes.split_at(block / 2);
+                    for ((byte, a), b) in bytes.iter_mut().zip(a).zip(b) {
+                        *byte = a << low | b << high;
+                    }
+                }
+            }
+            NibbleOrder::Awq => {
+                let bytes = packed.as_chunks_mut::<4>().0;
+                for (&[a, b, c, d, e, f, g, h], bytes) in codes.as_chunks::<8>().0.iter().zip(bytes)
+                {
+                    *bytes = [a | c << 4, e | g << 4, b | d << 4, f | h << 4];
+                }
             }
         }
-        Ok(())
+    }
+}
+
+struct UnpackNibbles<'a> {
+    order: NibbleOrder,
+    packed: &'a [u8],
+    codes: &'a mut [u8],
+}
+
+impl Kernel for UnpackNibbles<'_> {
+    #[inline(always)]
+    fn run<S: Simd>(self, _: S) {
+        let Self { order, packed, codes } = self;
+        let (low, high) = order.shifts();
+        match order {
+            NibbleOrder::LowFirst | NibbleOrder::HighFirst => {
+                let (pairs, rest) = codes.as_chunks_mut::<2>();
+                for (pair, byte) in pairs.iter_mut().zip(packed) {
+                    *pair = [byte >> low & 15, byte >> high & 15];
+                }
+                if let [last] = rest {
+                    *last = packed[pairs.len()] >> low & 15;
+                }
+            }
+            NibbleOrder::Halves { block } | NibbleOrder::HalvesHighFirst { block } => {
+                for (codes, bytes) in codes.chunks_mut(block).zip(packed.chunks(block / 2)) {
+                    let (a, b) = codes.split_at_mut(block / 2);
+                    for ((byte, a), b) in bytes.iter().zip(a).zip(b) {
+                        *a = byte >> low & 15;
+                        *b = byte >> high & 15;
+                    }
+                }
+            }
+            NibbleOrder::Awq => {
+                let codes = codes.as_chunks_mut::<8>().0;
+                for (codes, &[p, q, r, s]) in codes.iter_mut().zip(packed.as_chunks::<4>().0) {
+                    *codes = [p & 15, r & 15, p >> 4, r >> 4, q & 15, s & 15, q >> 4, s >> 4];
+                }
+            }
+        }
     }
 }
 

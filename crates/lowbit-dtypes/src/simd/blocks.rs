@@ -1,11 +1,12 @@
 //! Blocks of small floats that share a scale.
 
 use super::lanes::{Decoder, Encoder};
-use super::table::abs_max;
+use super::table::GROUP;
 use super::{Kernel, Simd};
 use crate::block::ScaleRule;
 use crate::format::{Format, Overflow};
 
+/// The fraction bits of an f32.
 const FRACTION: u32 = 0x7f_ffff;
 
 /// The elements of an MX format.
@@ -60,25 +61,28 @@ impl Element for Int8 {
 /// How an MX scale follows from the maximum of a block.
 #[derive(Clone, Copy)]
 pub(crate) struct Scaling {
-    pub(crate) rule: ScaleRule,
+    /// Added to the bits of the maximum, where a carry out of the fraction raises the exponent.
+    add: u32,
     /// The exponent of the largest element.
-    pub(crate) max_exponent: i32,
-    /// The fraction of the largest element, as f32 has it.
-    pub(crate) max_fraction: u32,
-    pub(crate) fraction_bits: u32,
+    max_exponent: i32,
 }
 
 impl Scaling {
+    pub(crate) fn new(rule: ScaleRule, largest: f32, fraction_bits: u32) -> Self {
+        let bits = largest.to_bits();
+        let add = match rule {
+            ScaleRule::Floor => 0,
+            ScaleRule::Ceil => FRACTION, // carries if there is any fraction
+            ScaleRule::Even => 1 << (22 - fraction_bits), // half of the element's last bit
+            ScaleRule::Rceil => FRACTION - (bits & FRACTION), // carries if the fraction is above the largest's
+        };
+        Self { add, max_exponent: (bits >> 23) as i32 - 127 }
+    }
+
     /// The exponent of the scale, from the bits of the maximum: `log2` would err next to powers of two.
     #[inline(always)]
     fn exponent(self, max: u32) -> i32 {
-        let (max, up) = match self.rule {
-            ScaleRule::Floor => (max, false),
-            ScaleRule::Ceil => (max, max & FRACTION > 0),
-            ScaleRule::Even => (max + (1 << (22 - self.fraction_bits)), false),
-            ScaleRule::Rceil => (max, max & FRACTION > self.max_fraction),
-        };
-        ((max >> 23) as i32 - 127 - self.max_exponent + i32::from(up)).clamp(-127, 127)
+        ((max.wrapping_add(self.add) >> 23) as i32 - 127 - self.max_exponent).clamp(-127, 127)
     }
 }
 
@@ -98,31 +102,42 @@ pub(crate) struct MxQuantize<'a, E> {
 
 impl<E: Element> Kernel for MxQuantize<'_, E> {
     #[inline(always)]
-    fn run<S: Simd>(self, _: S) {
-        let (element, scaling) = (self.element, self.scaling);
-        let block = |x: &[f32], scale: &mut u8, codes: &mut [u8]| {
-            let max = abs_max(x);
-            if !max.is_finite() {
-                *scale = 0xff;
-                codes.fill(0);
-                return;
+    fn run<S: Simd>(self, simd: S) {
+        let groups = self.src.chunks(32 * GROUP).zip(self.codes.chunks_mut(32 * GROUP));
+        for ((x, codes), scales) in groups.zip(self.scales.chunks_mut(GROUP)) {
+            let (blocks, rest) = x.as_chunks::<32>();
+            let mut maxima = [0.0; GROUP];
+            for (max, x) in maxima.iter_mut().zip(blocks) {
+                *max = simd.abs_max(x);
             }
-            let exponent = scaling.exponent(max.to_bits());
-            *scale = (exponent + 127) as u8;
-            let factor = pow2(-exponent);
-            for (code, &x) in codes.iter_mut().zip(x) {
-                *code = element.encode(x * factor);
+            if !rest.is_empty() {
+                maxima[blocks.len()] = simd.abs_max(rest);
             }
-        };
-        let (x, x_rest) = self.src.as_chunks::<32>();
-        let (codes, codes_rest) = self.codes.as_chunks_mut::<32>();
-        let (scales, scales_rest) = self.scales.split_at_mut(x.len());
-        for ((x, codes), scale) in x.iter().zip(codes).zip(scales) {
-            block(x, scale, codes);
+            let mut scale_codes = [0; GROUP];
+            let mut factors = [0.0; GROUP];
+            for ((max, code), factor) in maxima.iter().zip(&mut scale_codes).zip(&mut factors) {
+                let exponent = self.scaling.exponent(max.to_bits());
+                let finite = max.is_finite();
+                *code = if finite { (exponent + 127) as u8 } else { 0xff };
+                // NaN as a factor would leave signs.
+                *factor = if finite { pow2(-exponent) } else { 0.0 };
+            }
+            scales.copy_from_slice(&scale_codes[..scales.len()]);
+            let (codes, codes_rest) = codes.as_chunks_mut::<32>();
+            for ((x, codes), factor) in blocks.iter().zip(codes).zip(factors) {
+                multiply_block(self.element, factor, x, codes);
+            }
+            if !rest.is_empty() {
+                multiply_block(self.element, factors[blocks.len()], rest, codes_rest);
+            }
         }
-        if let [scale] = scales_rest {
-            block(x_rest, scale, codes_rest);
-        }
+    }
+}
+
+#[inline(always)]
+fn multiply_block<E: Element>(element: E, factor: f32, x: &[f32], codes: &mut [u8]) {
+    for (code, &x) in codes.iter_mut().zip(x) {
+        *code = element.encode(x * factor);
     }
 }
 
@@ -136,22 +151,27 @@ pub(crate) struct MxDequantize<'a, E> {
 impl<E: Element> Kernel for MxDequantize<'_, E> {
     #[inline(always)]
     fn run<S: Simd>(self, _: S) {
-        let element = self.element;
-        let block = |codes: &[u8], scale: u8, dst: &mut [f32]| {
-            let scale = if scale == 0xff { f32::NAN } else { pow2(i32::from(scale) - 127) };
-            for (x, &code) in dst.iter_mut().zip(codes) {
-                *x = element.decode(code) * scale;
-            }
-        };
         let (codes, codes_rest) = self.codes.as_chunks::<32>();
         let (dst, dst_rest) = self.dst.as_chunks_mut::<32>();
         let (scales, scales_rest) = self.scales.split_at(codes.len());
         for ((codes, dst), &scale) in codes.iter().zip(dst).zip(scales) {
-            block(codes, scale, dst);
+            decode_block(self.element, mx_scale(scale), codes, dst);
         }
         if let [scale] = scales_rest {
-            block(codes_rest, *scale, dst_rest);
+            decode_block(self.element, mx_scale(*scale), codes_rest, dst_rest);
         }
+    }
+}
+
+#[inline(always)]
+fn mx_scale(code: u8) -> f32 {
+    if code == 0xff { f32::NAN } else { pow2(i32::from(code) - 127) }
+}
+
+#[inline(always)]
+fn decode_block<E: Element>(element: E, scale: f32, codes: &[u8], dst: &mut [f32]) {
+    for (x, &code) in dst.iter_mut().zip(codes) {
+        *x = element.decode(code) * scale;
     }
 }
 
@@ -167,27 +187,54 @@ pub(crate) struct Nvfp4Quantize<'a> {
 
 impl Kernel for Nvfp4Quantize<'_> {
     #[inline(always)]
-    fn run<S: Simd>(self, _: S) {
-        let (global, min_scale, not_finite) = (self.global, self.min_scale, self.not_finite);
-        let (element, scales_format) = (Float::new(Format::F4E2M1), Float::new(Format::F8E4M3));
-        let mut block = |x: &[f32], scale: &mut u8, codes: &mut [u8]| {
-            let max = abs_max(x);
-            *not_finite |= !max.is_finite();
-            *scale = scales_format.encode((max / 6.0 / global).max(min_scale));
-            let step = scales_format.decode(*scale) * global;
-            for (code, &x) in codes.iter_mut().zip(x) {
-                *code = element.encode(x / step);
+    fn run<S: Simd>(self, simd: S) {
+        let nvfp4 = Nvfp4Lanes::new();
+        let groups = self.src.chunks(16 * GROUP).zip(self.codes.chunks_mut(16 * GROUP));
+        for ((x, codes), scales) in groups.zip(self.scales.chunks_mut(GROUP)) {
+            // All scales of a group first, so that they vectorize, too.
+            let (blocks, rest) = x.as_chunks::<16>();
+            let mut steps = [0.0; GROUP];
+            for (max, x) in steps.iter_mut().zip(blocks) {
+                *max = simd.abs_max(x);
             }
-        };
-        let (x, x_rest) = self.src.as_chunks::<16>();
-        let (codes, codes_rest) = self.codes.as_chunks_mut::<16>();
-        let (scales, scales_rest) = self.scales.split_at_mut(x.len());
-        for ((x, codes), scale) in x.iter().zip(codes).zip(scales) {
-            block(x, scale, codes);
+            if !rest.is_empty() {
+                steps[blocks.len()] = simd.abs_max(rest);
+            }
+            let mut scale_codes = [0; GROUP];
+            for (step, code) in steps.iter_mut().zip(&mut scale_codes) {
+                *self.not_finite |= !step.is_finite();
+                *code = nvfp4.scale.encode((*step / 6.0 / self.global).max(self.min_scale));
+                *step = nvfp4.scale.decode(*code) * self.global;
+            }
+            scales.copy_from_slice(&scale_codes[..scales.len()]);
+            let (codes, codes_rest) = codes.as_chunks_mut::<16>();
+            for ((x, codes), step) in blocks.iter().zip(codes).zip(steps) {
+                divide_block(nvfp4.element, step, x, codes);
+            }
+            if !rest.is_empty() {
+                divide_block(nvfp4.element, steps[blocks.len()], rest, codes_rest);
+            }
         }
-        if let [scale] = scales_rest {
-            block(x_rest, scale, codes_rest);
-        }
+    }
+}
+
+#[inline(always)]
+fn divide_block(element: Float, step: f32, x: &[f32], codes: &mut [u8]) {
+    for (code, &x) in codes.iter_mut().zip(x) {
+        *code = element.encode(x / step);
+    }
+}
+
+#[derive(Clone, Copy)]
+struct Nvfp4Lanes {
+    element: Float,
+    scale: Float,
+}
+
+impl Nvfp4Lanes {
+    #[inline(always)]
+    fn new() -> Self {
+        Self { element: Float::new(Format::F4E2M1), scale: Float::new(Format::F8E4M3) }
     }
 }
 
@@ -201,21 +248,16 @@ pub(crate) struct Nvfp4Dequantize<'a> {
 impl Kernel for Nvfp4Dequantize<'_> {
     #[inline(always)]
     fn run<S: Simd>(self, _: S) {
-        let (element, scales_format) = (Float::new(Format::F4E2M1), Float::new(Format::F8E4M3));
-        let block = |codes: &[u8], scale: u8, dst: &mut [f32]| {
-            let step = scales_format.decode(scale) * self.global;
-            for (x, &code) in dst.iter_mut().zip(codes) {
-                *x = element.decode(code) * step;
-            }
-        };
+        let nvfp4 = Nvfp4Lanes::new();
         let (codes, codes_rest) = self.codes.as_chunks::<16>();
         let (dst, dst_rest) = self.dst.as_chunks_mut::<16>();
         let (scales, scales_rest) = self.scales.split_at(codes.len());
         for ((codes, dst), &scale) in codes.iter().zip(dst).zip(scales) {
-            block(codes, scale, dst);
+            decode_block(nvfp4.element, nvfp4.scale.decode(scale) * self.global, codes, dst);
         }
         if let [scale] = scales_rest {
-            block(codes_rest, *scale, dst_rest);
+            let step = nvfp4.scale.decode(*scale) * self.global;
+            decode_block(nvfp4.element, step, codes_rest, dst_rest);
         }
     }
 }

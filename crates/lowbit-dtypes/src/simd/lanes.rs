@@ -2,13 +2,12 @@
 //!
 //! `format.rs` is the plain statement; here every step works on the bits of an f32, and the tests compare the two.
 
-use super::{Isa, Kernel, Simd};
+use super::{Isa, Kernel, MAGNITUDE, Simd};
 use crate::Rounding;
-use crate::format::{Format, GOLDEN_GAMMA, Overflow, Specials, mix64, pow2, random_key};
+use crate::format::{Format, GOLDEN_GAMMA, Overflow, Parts, Specials, mix64, pow2, random_key};
 
 /// Bits of positive infinity: larger magnitudes are NaN.
 const INFINITY: u32 = 0x7f80_0000;
-const MAGNITUDE: u32 = 0x7fff_ffff;
 
 /// An unsigned integer that holds a code.
 pub trait Code: Copy {
@@ -131,7 +130,7 @@ pub(crate) fn encode<C: Code>(
     let method = method(format, rounding);
     if method == Method::Scalar {
         for (i, (code, &x)) in dst.iter_mut().zip(src).enumerate() {
-            let parts = crate::format::Parts::of_f32(x);
+            let parts = Parts::of_f32(x);
             *code = C::from_bits(format.encode_parts(parts, rounding.at(i), overflow));
         }
         return;
@@ -410,6 +409,61 @@ impl Kernel for Decode<'_> {
         let d = self.d;
         for (x, &code) in self.dst.iter_mut().zip(self.codes) {
             *x = d.lane(code);
+        }
+    }
+}
+
+/// Encodes `src` at random, each f64 rounded once. The same codes as [`Format::encode_f64`].
+pub(crate) fn encode_f64_stochastic<C: Code>(
+    isa: Isa,
+    format: Format,
+    src: &[f64],
+    dst: &mut [C],
+    (seed, index): (u64, u64),
+    overflow: Overflow,
+) {
+    if method(format, Rounding::Stochastic { seed, index }) == Method::Scalar {
+        for (i, (code, &x)) in dst.iter_mut().zip(src).enumerate() {
+            let rounding = Rounding::Stochastic { seed, index }.at(i);
+            *code = C::from_bits(format.encode_parts(Parts::of_f64(x), rounding, overflow));
+        }
+        return;
+    }
+    let counter = random_key(seed).wrapping_add(index.wrapping_mul(GOLDEN_GAMMA));
+    let lowest = (format.lowest_exponent() + 1023) as u64;
+    isa.run(StochasticF64 { e: Encoder::new(format, overflow), lowest, counter, src, dst });
+}
+
+struct StochasticF64<'a, C> {
+    e: Encoder,
+    /// f64's exponent field in the lowest binade.
+    lowest: u64,
+    counter: u64,
+    src: &'a [f64],
+    dst: &'a mut [C],
+}
+
+impl<C: Code> Kernel for StochasticF64<'_, C> {
+    #[inline(always)]
+    fn run<S: Simd>(self, _: S) {
+        let (e, lowest, mut counter) = (self.e, self.lowest, self.counter);
+        for (code, x) in self.dst.iter_mut().zip(self.src) {
+            let bits = x.to_bits();
+            let field = bits >> 52 & 0x7ff;
+            let significand = bits & ((1 << 52) - 1) | if field > 0 { 1 << 52 } else { 0 };
+            let field = field.max(1);
+            // Subnormal in f64 is far below a unit of any format; the field being 1 too large does not matter.
+            let binade = field.saturating_sub(lowest);
+            let shift = u64::from(e.shift + 29) + lowest.saturating_sub(field);
+            // The quotient with 32 bits behind the point; shift is more than 32.
+            let fixed = significand >> (shift - 32).min(63);
+            let whole = ((fixed + (mix64(counter) >> 32)) >> 32) as u32;
+            let magnitude = whole + ((binade as u32) << e.fraction_bits);
+            // finish() wants the sign, and a NaN if it is one, of an f32.
+            let sign = (bits >> 32) as u32 & !MAGNITUDE;
+            let nan = if bits & !(1 << 63) > 0x7ff << 52 { MAGNITUDE } else { 0 };
+            *code = C::from_bits(e.finish::<false>(magnitude, sign | nan));
+            counter = counter.wrapping_add(GOLDEN_GAMMA);
         }
     }
 }

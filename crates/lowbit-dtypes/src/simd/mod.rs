@@ -27,7 +27,8 @@ enum Kind {
     Avx512,
 }
 
-/// A loop over lanes. `run` must be `#[inline(always)]`, so that it takes on the features of its caller.
+/// A loop over lanes. `run` and all that it calls must be `#[inline(always)]`, so that it takes on the features of its
+/// caller. Closures cannot be, so there are none.
 pub(crate) trait Kernel {
     fn run<S: Simd>(self, simd: S);
 }
@@ -57,6 +58,13 @@ impl Isa {
         Self(Kind::Baseline)
     }
 
+    /// The largest magnitude, 0 if there is none; NaN counts as larger than infinity.
+    pub(crate) fn abs_max(self, x: &[f32]) -> f32 {
+        let mut max = 0.0;
+        self.run(AbsMax(x, &mut max));
+        max
+    }
+
     /// The one that needs no detection.
     pub(crate) fn baseline() -> Self {
         Self(Kind::Baseline)
@@ -84,12 +92,23 @@ impl Isa {
     }
 }
 
-/// Tables of 16 entries, 16 lanes at a time.
+/// What compilers do not find by themselves: look-ups in tables of 16 entries, and maxima of short slices.
 pub(crate) trait Simd: Copy {
+    /// The largest magnitude, 0 if there is none; NaN counts as larger than infinity.
+    fn abs_max(self, x: &[f32]) -> f32;
     /// For each lane, how many of the 15 thresholds of `tree` are below x (NaN: none).
-    fn rank(self, tree: &Tree, x: &[f32; 16]) -> [u8; 16];
+    fn rank<const N: usize>(self, tree: &Tree, x: &[[f32; 16]; N]) -> [[u8; 16]; N];
     /// For each lane, the entry at the low four bits of its index.
     fn entry(self, entries: &[f32; 16], indices: &[u8; 16]) -> [f32; 16];
+}
+
+struct AbsMax<'a>(&'a [f32], &'a mut f32);
+
+impl Kernel for AbsMax<'_> {
+    #[inline(always)]
+    fn run<S: Simd>(self, simd: S) {
+        *self.1 = simd.abs_max(self.0);
+    }
 }
 
 /// 15 ascending thresholds as a search tree: level l holds 2^l of them, and the path is the rank, bit by bit.
@@ -117,23 +136,45 @@ impl Tree {
 #[derive(Clone, Copy)]
 pub(crate) struct Plain;
 
+/// All but the sign bit.
+const MAGNITUDE: u32 = 0x7fff_ffff;
+
+/// Magnitudes compare as their bits do, and maxima of integers may be taken in any order.
+#[inline(always)]
+fn abs_max(x: &[f32]) -> u32 {
+    let mut max = 0;
+    for x in x {
+        max = (x.to_bits() & MAGNITUDE).max(max);
+    }
+    max
+}
+
 impl Simd for Plain {
     #[inline(always)]
-    fn rank(self, tree: &Tree, x: &[f32; 16]) -> [u8; 16] {
+    fn abs_max(self, x: &[f32]) -> f32 {
+        f32::from_bits(abs_max(x))
+    }
+
+    #[inline(always)]
+    fn rank<const N: usize>(self, tree: &Tree, x: &[[f32; 16]; N]) -> [[u8; 16]; N] {
         // Counting the thresholds one by one costs 15 comparisons, but vectorizes everywhere.
-        x.map(|x| {
-            let mut rank = 0;
-            for (level, thresholds) in tree.0.iter().enumerate() {
-                for &threshold in &thresholds[..1 << level] {
-                    rank += u8::from(x > threshold);
+        let mut ranks = [[0; 16]; N];
+        for (level, thresholds) in tree.0.iter().enumerate() {
+            for threshold in &thresholds[..1 << level] {
+                for (rank, x) in ranks.as_flattened_mut().iter_mut().zip(x.as_flattened()) {
+                    *rank += u8::from(x > threshold);
                 }
             }
-            rank
-        })
+        }
+        ranks
     }
 
     #[inline(always)]
     fn entry(self, entries: &[f32; 16], indices: &[u8; 16]) -> [f32; 16] {
-        indices.map(|i| entries[usize::from(i & 15)])
+        let mut out = [0.0; 16];
+        for (x, i) in out.iter_mut().zip(indices) {
+            *x = entries[usize::from(i & 15)];
+        }
+        out
     }
 }

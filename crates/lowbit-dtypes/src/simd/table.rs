@@ -21,22 +21,41 @@ impl Kernel for Encode<'_> {
 fn encode<S: Simd>(simd: S, table: &Table16, factor: f32, src: &[f32], codes: &mut [u8]) {
     let (x, x_rest) = src.as_chunks::<16>();
     let (codes, codes_rest) = codes.as_chunks_mut::<16>();
-    let code16 = |x: &[f32; 16]| {
-        let mut x = *x;
-        for x in &mut x {
-            *x *= factor;
-        }
-        let ranks = simd.rank(&table.tree, &x);
-        if table.is_sorted { ranks } else { ranks.map(|rank| table.order[usize::from(rank & 15)]) }
-    };
-    for (codes, x) in codes.iter_mut().zip(x) {
-        *codes = code16(x);
+    // Four at a time, as each takes four steps that wait for one another.
+    let (x4, x1) = x.as_chunks::<4>();
+    let (codes4, codes1) = codes.as_chunks_mut::<4>();
+    for (codes, x) in codes4.iter_mut().zip(x4) {
+        *codes = encode16s(simd, table, factor, x);
+    }
+    for (codes, x) in codes1.iter_mut().zip(x1) {
+        [*codes] = encode16s(simd, table, factor, &[*x]);
     }
     if !x_rest.is_empty() {
         let mut x = [0.0; 16];
         x[..x_rest.len()].copy_from_slice(x_rest);
-        codes_rest.copy_from_slice(&code16(&x)[..x_rest.len()]);
+        let [codes] = encode16s(simd, table, factor, &[x]);
+        codes_rest.copy_from_slice(&codes[..x_rest.len()]);
     }
+}
+
+#[inline(always)]
+fn encode16s<S: Simd, const N: usize>(
+    simd: S,
+    table: &Table16,
+    factor: f32,
+    x: &[[f32; 16]; N],
+) -> [[u8; 16]; N] {
+    let mut x = *x;
+    for x in x.as_flattened_mut() {
+        *x *= factor;
+    }
+    let mut codes = simd.rank(&table.tree, &x);
+    if !table.is_sorted {
+        for code in codes.as_flattened_mut() {
+            *code = table.order[usize::from(*code & 15)];
+        }
+    }
+    codes
 }
 
 /// Absolute maxima of the blocks, and the codes of `x / maximum · reach`.
@@ -53,25 +72,71 @@ pub(crate) struct QuantizeBlocks<'a> {
 impl Kernel for QuantizeBlocks<'_> {
     #[inline(always)]
     fn run<S: Simd>(self, simd: S) {
-        let (x, codes) = (self.src.chunks(self.block), self.codes.chunks_mut(self.block));
-        for ((x, codes), scale) in x.zip(codes).zip(self.scales) {
-            let max = abs_max(x);
-            *self.not_finite |= !max.is_finite();
-            let reach = self.table.reach;
-            *scale = if reach > 0.0 { max / reach } else { 0.0 };
-            // Below 2^-128 the quotient would be infinite, and zeros NaN.
-            let factor = if max > 0.0 { (reach / max).min(f32::MAX) } else { 0.0 };
-            encode(simd, self.table, factor, x, codes);
+        // The usual sizes are known to the compiler.
+        match self.block {
+            32 => self.quantize(simd, 32),
+            64 => self.quantize(simd, 64),
+            128 => self.quantize(simd, 128),
+            block => self.quantize(simd, block),
         }
     }
 }
 
-/// The largest magnitude; NaN counts as larger than infinity.
-#[inline(always)]
-pub(crate) fn abs_max(x: &[f32]) -> f32 {
-    // Magnitudes compare as their bits do, and maxima of integers may be taken in any order.
-    f32::from_bits(x.iter().fold(0, |max, x| max.max(x.to_bits() & 0x7fff_ffff)))
+impl QuantizeBlocks<'_> {
+    #[inline(always)]
+    fn quantize<S: Simd>(self, simd: S, block: usize) {
+        let (x, x_rest) = self.src.split_at(self.src.len() - self.src.len() % block);
+        let (codes, codes_rest) = self.codes.split_at_mut(x.len());
+        let (scales, scales_rest) = self.scales.split_at_mut(x.len() / block);
+        // The maxima of some blocks first, then their codes: one block after the other would wait for each division.
+        let group = GROUP.saturating_mul(block);
+        let groups = x.chunks(group).zip(codes.chunks_mut(group));
+        for ((x, codes), scales) in groups.zip(scales.chunks_mut(GROUP)) {
+            let mut factors = [0.0; GROUP];
+            for ((scale, factor), x) in
+                scales.iter_mut().zip(&mut factors).zip(x.chunks_exact(block))
+            {
+                *factor = simd.abs_max(x);
+                *scale = *factor;
+            }
+            for factor in &mut factors {
+                *self.not_finite |= !factor.is_finite();
+                *factor = self.table.factor(*factor);
+            }
+            for scale in scales {
+                *scale = self.table.scale(*scale);
+            }
+            let blocks = x.chunks_exact(block).zip(codes.chunks_exact_mut(block));
+            for ((x, codes), factor) in blocks.zip(factors) {
+                encode(simd, self.table, factor, x, codes);
+            }
+        }
+        if let [scale] = scales_rest {
+            let max = simd.abs_max(x_rest);
+            *self.not_finite |= !max.is_finite();
+            *scale = self.table.scale(max);
+            encode(simd, self.table, self.table.factor(max), x_rest, codes_rest);
+        }
+    }
 }
+
+impl Table16 {
+    /// What a block with this maximum is multiplied with on decoding.
+    #[inline(always)]
+    fn scale(&self, max: f32) -> f32 {
+        if self.reach > 0.0 { max / self.reach } else { 0.0 }
+    }
+
+    /// And on encoding.
+    #[inline(always)]
+    fn factor(&self, max: f32) -> f32 {
+        // Below 2^-128 the quotient would be infinite, and zeros NaN.
+        if max > 0.0 { (self.reach / max).min(f32::MAX) } else { 0.0 }
+    }
+}
+
+/// Blocks that are quantized together.
+pub(crate) const GROUP: usize = 16;
 
 /// `dst[i]` becomes `level(codes[i]) · scale` of its block.
 pub(crate) struct DequantizeBlocks<'a> {

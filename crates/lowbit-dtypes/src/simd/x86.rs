@@ -4,7 +4,7 @@
 use core::arch::x86_64::*;
 use std::is_x86_feature_detected as has;
 
-use super::{Isa, Kernel, Kind, Plain, Simd, Tree};
+use super::{Isa, Kernel, Kind, MAGNITUDE, Plain, Simd, Tree, abs_max};
 
 impl Isa {
     pub(super) fn has_avx2() -> bool {
@@ -51,19 +51,40 @@ struct Avx512(());
 
 impl Simd for Avx512 {
     #[inline(always)]
-    fn rank(self, tree: &Tree, x: &[f32; 16]) -> [u8; 16] {
-        let mut ranks = [0; 16];
-        // SAFETY: self proves AVX-512; every load reads one [f32; 16], the store writes one [u8; 16].
-        unsafe {
-            let x = _mm512_loadu_ps(x.as_ptr());
-            let mut path = _mm512_setzero_si512();
-            for thresholds in &tree.0 {
-                let threshold = _mm512_permutexvar_ps(path, _mm512_loadu_ps(thresholds.as_ptr()));
-                let above = _mm512_cmp_ps_mask::<_CMP_GT_OQ>(x, threshold);
-                path = _mm512_add_epi32(path, path);
-                path = _mm512_mask_add_epi32(path, above, path, _mm512_set1_epi32(1));
+    fn abs_max(self, x: &[f32]) -> f32 {
+        let (chunks, rest) = x.as_chunks::<16>();
+        // SAFETY: self proves AVX-512; each load reads one [f32; 16].
+        let max = unsafe {
+            let mut max = _mm512_setzero_si512();
+            for x in chunks {
+                let bits = _mm512_loadu_si512(x.as_ptr().cast());
+                let magnitude = _mm512_and_si512(bits, _mm512_set1_epi32(MAGNITUDE as i32));
+                max = _mm512_max_epu32(max, magnitude);
             }
-            _mm_storeu_si128(ranks.as_mut_ptr().cast(), _mm512_cvtepi32_epi8(path));
+            _mm512_reduce_max_epu32(max)
+        };
+        f32::from_bits(max.max(abs_max(rest)))
+    }
+
+    #[inline(always)]
+    fn rank<const N: usize>(self, tree: &Tree, x: &[[f32; 16]; N]) -> [[u8; 16]; N] {
+        let mut ranks = [[0; 16]; N];
+        // SAFETY: self proves AVX-512; every load reads one [f32; 16], each store writes one [u8; 16].
+        unsafe {
+            let mut paths = [_mm512_setzero_si512(); N];
+            for thresholds in &tree.0 {
+                let thresholds = _mm512_loadu_ps(thresholds.as_ptr());
+                for (path, x) in paths.iter_mut().zip(x) {
+                    let threshold = _mm512_permutexvar_ps(*path, thresholds);
+                    let above =
+                        _mm512_cmp_ps_mask::<_CMP_GT_OQ>(_mm512_loadu_ps(x.as_ptr()), threshold);
+                    *path = _mm512_add_epi32(*path, *path);
+                    *path = _mm512_mask_add_epi32(*path, above, *path, _mm512_set1_epi32(1));
+                }
+            }
+            for (ranks, path) in ranks.iter_mut().zip(paths) {
+                _mm_storeu_si128(ranks.as_mut_ptr().cast(), _mm512_cvtepi32_epi8(path));
+            }
         }
         ranks
     }
@@ -84,32 +105,51 @@ impl Simd for Avx512 {
 
 impl Simd for Avx2 {
     #[inline(always)]
-    fn rank(self, tree: &Tree, x: &[f32; 16]) -> [u8; 16] {
-        let mut ranks = [0; 16];
-        // SAFETY: self proves AVX2; the loads read 8 floats of a half of x, or the first 8 of a level, which are all that
-        // the level has; the store writes one [u8; 16].
-        unsafe {
-            let half = |x: *const f32| {
-                let x = _mm256_loadu_ps(x);
-                let mut path = _mm256_setzero_si256();
+    fn abs_max(self, x: &[f32]) -> f32 {
+        let (chunks, rest) = x.as_chunks::<8>();
+        // SAFETY: self proves AVX2; each load reads one [f32; 8].
+        let max = unsafe {
+            let mut max = _mm256_setzero_si256();
+            for x in chunks {
+                let bits = _mm256_loadu_si256(x.as_ptr().cast());
+                let magnitude = _mm256_and_si256(bits, _mm256_set1_epi32(MAGNITUDE as i32));
+                max = _mm256_max_epu32(max, magnitude);
+            }
+            // Halves, then pairs, then neighbours.
+            let max =
+                _mm_max_epu32(_mm256_castsi256_si128(max), _mm256_extracti128_si256::<1>(max));
+            let max = _mm_max_epu32(max, _mm_shuffle_epi32::<0b01_00_11_10>(max));
+            let max = _mm_max_epu32(max, _mm_shuffle_epi32::<0b10_11_00_01>(max));
+            _mm_cvtsi128_si32(max) as u32
+        };
+        f32::from_bits(max.max(abs_max(rest)))
+    }
+
+    #[inline(always)]
+    fn rank<const N: usize>(self, tree: &Tree, x: &[[f32; 16]; N]) -> [[u8; 16]; N] {
+        let mut ranks = [[0; 16]; N];
+        for (ranks, x) in ranks.iter_mut().zip(x) {
+            // SAFETY: self proves AVX2; the loads read 8 floats of a half of x, or the first 8 of a level, which are all
+            // that the level has; the store writes one [u8; 16].
+            unsafe {
+                let x = [_mm256_loadu_ps(x.as_ptr()), _mm256_loadu_ps(x.as_ptr().add(8))];
+                let mut paths = [_mm256_setzero_si256(); 2];
                 for thresholds in &tree.0 {
                     let thresholds = _mm256_loadu_ps(thresholds.as_ptr());
-                    let threshold = _mm256_permutevar8x32_ps(thresholds, path);
-                    let above = _mm256_cmp_ps::<_CMP_GT_OQ>(x, threshold);
-                    // above is 0 or -1
-                    path =
-                        _mm256_sub_epi32(_mm256_add_epi32(path, path), _mm256_castps_si256(above));
+                    for (path, x) in paths.iter_mut().zip(x) {
+                        let threshold = _mm256_permutevar8x32_ps(thresholds, *path);
+                        // 0 or -1
+                        let above = _mm256_castps_si256(_mm256_cmp_ps::<_CMP_GT_OQ>(x, threshold));
+                        *path = _mm256_sub_epi32(_mm256_add_epi32(*path, *path), above);
+                    }
                 }
-                path
-            };
-            let (low, high) = (half(x.as_ptr()), half(x.as_ptr().add(8)));
-            // Packing works in 128-bit halves: 0..4 8..12 | 4..8 12..16, put in order before the last step.
-            let words = _mm256_permute4x64_epi64::<0b11_01_10_00>(_mm256_packus_epi32(low, high));
-            let bytes = _mm_packus_epi16(
-                _mm256_castsi256_si128(words),
-                _mm256_extracti128_si256::<1>(words),
-            );
-            _mm_storeu_si128(ranks.as_mut_ptr().cast(), bytes);
+                // Packing works in 128-bit halves: 0..4 8..12 | 4..8 12..16, put in order before the last step.
+                let words = _mm256_packus_epi32(paths[0], paths[1]);
+                let words = _mm256_permute4x64_epi64::<0b11_01_10_00>(words);
+                let (low, high) =
+                    (_mm256_castsi256_si128(words), _mm256_extracti128_si256::<1>(words));
+                _mm_storeu_si128(ranks.as_mut_ptr().cast(), _mm_packus_epi16(low, high));
+            }
         }
         ranks
     }
