@@ -4,8 +4,8 @@ use lowbit::{Context, Error, Linear, Mat, MatMut, MatRef, Result, check_shapes};
 
 use crate::ops;
 
-/// Rows of `x` in a task; every task reads all weights, so not too few.
-const ROWS: usize = 32;
+/// Rows of `x` in a task; every task packs all weights for itself, so not too few.
+const ROWS: usize = 128;
 /// Products in a task when `x` has a single row.
 const PRODUCTS: usize = 1 << 16;
 
@@ -101,13 +101,13 @@ mod tests {
     #[test]
     fn pieces_and_threads_do_not_show_in_the_result() {
         let pool = Arc::new(rayon::ThreadPoolBuilder::new().num_threads(3).build().unwrap());
-        for (m, n, k) in [(1, 1000, 256), (1, 7, 5), (2, 40, 64), (33, 40, 64), (100, 257, 129)] {
+        for (m, n, k) in [(1, 1000, 256), (1, 7, 5), (2, 40, 64), (33, 40, 64), (300, 57, 129)] {
             let weight = Mat::from_fn(n, k, |r, c| ((r * 31 + c * 17) % 101) as f32 / 50.0 - 1.0);
             let bias: Vec<f32> = (0..n).map(|i| i as f32).collect();
             let layer = DenseLinear::new(weight, Some(bias)).unwrap();
             let x = Mat::from_fn(m, k, |r, c| ((r * 13 + c * 7) % 89) as f32 / 40.0 - 1.0);
             let stride = n + 3;
-            let mut run = |ctx: &mut Context| {
+            let run = |ctx: &mut Context| {
                 let mut y = vec![f32::NAN; m * stride];
                 let view = MatMut::with_row_stride(&mut y, m, n, stride).unwrap();
                 layer.forward(x.as_ref(), view, ctx).unwrap();

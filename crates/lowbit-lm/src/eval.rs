@@ -163,9 +163,9 @@ impl Baseline {
             let mut rows = vec![(0.0, false); q.rows()];
             ops::for_chunks(ctx, &mut rows, 8, |i, rows| {
                 for (r, out) in rows.iter_mut().enumerate() {
-                    let row = |m: &'_ Mat<f32>| m.as_ref().row(i * 8 + r).unwrap_or(&[]).to_vec();
-                    let (p, q) = (row(p), row(&q));
-                    *out = (kl_divergence(&p, &q), argmax(&p) == argmax(&q));
+                    let (p, q) = (p.as_ref().row(i * 8 + r), q.as_ref().row(i * 8 + r));
+                    let (p, q) = (p.unwrap_or(&[]), q.unwrap_or(&[]));
+                    *out = (kl_divergence(p, q), argmax(p) == argmax(q));
                 }
             });
             kl += rows.iter().map(|(kl, _)| kl).sum::<f64>();
@@ -305,4 +305,50 @@ pub(crate) fn argmax(logits: &[f32]) -> usize {
         }
     }
     best
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn probabilities_ignore_a_shift_of_all_logits() {
+        let logits = [1.0_f32, -2.5, 3.0, 0.25];
+        let shifted = logits.map(|l| l + 64.0);
+        let (a, b) = (negative_log_likelihood(&logits, 3), negative_log_likelihood(&shifted, 3));
+        assert!((a - b).abs() < 1e-12);
+        assert!(kl_divergence(&logits, &shifted).abs() < 1e-12);
+        assert_eq!(kl_divergence(&logits, &logits), 0.0);
+    }
+
+    #[test]
+    fn divergence_of_two_coins_is_as_by_hand() {
+        // p = 3/4, 1/4 and q = 1/2, 1/2: 3/4·ln(3/2) + 1/4·ln(1/2)
+        let kl = kl_divergence(&[3.0_f32.ln(), 0.0], &[0.0, 0.0]);
+        assert!((kl - (0.75 * 1.5_f64.ln() + 0.25 * 0.5_f64.ln())).abs() < 1e-7);
+        assert!((negative_log_likelihood(&[3.0_f32.ln(), 0.0], 1) - 4.0_f64.ln()).abs() < 1e-7);
+    }
+
+    #[test]
+    fn extreme_logits_stay_finite_and_bad_ones_do_not() {
+        assert_eq!(negative_log_likelihood(&[-3e38, 3e38], 1), 0.0);
+        assert!(negative_log_likelihood(&[-3e38, 3e38], 0).is_finite());
+        for bad in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
+            assert!(!negative_log_likelihood(&[0.0, bad], 0).is_finite());
+        }
+        assert!(!negative_log_likelihood(&[0.0], 1).is_finite());
+    }
+
+    #[test]
+    fn the_standard_error_is_that_of_the_mean_times_the_perplexity() {
+        let p = Perplexity::of(&[1.0, 3.0]);
+        assert!((p.value - 2.0_f64.exp()).abs() < 1e-12);
+        assert!((p.standard_error - 2.0_f64.exp()).abs() < 1e-12); // variance 2, over 2 tokens
+        assert!(Perplexity::of(&[1.0]).standard_error.is_nan());
+    }
+
+    #[test]
+    fn of_equal_logits_the_first_is_the_top() {
+        assert_eq!(argmax(&[1.0, 2.0, 2.0]), 1);
+    }
 }

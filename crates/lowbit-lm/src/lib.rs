@@ -52,6 +52,8 @@ mod kv;
 mod model;
 mod ops;
 mod speed;
+#[cfg(test)]
+mod tests;
 mod tokenizer;
 mod windows;
 

@@ -329,6 +329,8 @@ fn apply<const N: usize>(
 
 /// Query rows in a task; the scores of so many rows are in memory at a time.
 const QUERY_ROWS: usize = 32;
+/// Products in a task when there is a single row.
+const PRODUCTS: usize = 1 << 15;
 
 /// Causal attention of `q`, whose first row is token `past`, over the keys and values of all
 /// tokens: `a = softmax(q·kᵀ / √head_dim)·v`, head by head.
@@ -338,17 +340,17 @@ fn attention(c: &Config, ctx: &Context, q: &[f32], kv: &KvBlock, past: usize, a:
     let queries_per_key = c.num_attention_heads / c.num_key_value_heads;
     let m = a.len() / q_size;
 
-    // A task is one head of a single row, or all heads of some rows.
-    let (task, heads_per_task) = match m {
-        1 => (dim, 1),
-        _ => (QUERY_ROWS * q_size, c.num_attention_heads),
-    };
+    // A task is some heads of a single row, or all heads of some rows.
+    let some = (PRODUCTS / (2 * dim * (past + 1))).clamp(1, c.num_attention_heads);
+    let task = if m == 1 { some * dim } else { QUERY_ROWS * q_size };
     ops::for_chunks(ctx, a, task, |task, a| {
-        let (row, head) = if m == 1 { (0, task) } else { (task * QUERY_ROWS, 0) };
-        let rows = (a.len() / q_size).max(1);
+        let (row, rows, head, heads) = match m {
+            1 => (0, 1, task * some, a.len() / dim),
+            _ => (task * QUERY_ROWS, a.len() / q_size, 0, c.num_attention_heads),
+        };
         let keys = past + row + rows; // the last row sees so many
         let mut scores = vec![0.0; rows * keys];
-        for (i, head) in (head..head + heads_per_task).enumerate() {
+        for (i, head) in (head..head + heads).enumerate() {
             let at = head / queries_per_key * dim;
             let view = |data, rows, stride| MatRef::with_row_stride(data, rows, dim, stride);
             let (Ok(q), Ok(k), Ok(v), Ok(scores_of_head), Ok(a)) = (

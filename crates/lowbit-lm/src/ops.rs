@@ -2,6 +2,7 @@
 //! alone, so that results have the same bits for every thread count.
 
 use lowbit::{Context, MatMut, MatRef};
+use pulp::Arch;
 use rayon::prelude::*;
 
 /// Elements of a piece of work: long enough to be worth a task.
@@ -45,20 +46,42 @@ pub(crate) fn rms_norm(ctx: &Context, x: &[f32], gain: &[f32], eps: f32, y: &mut
     let width = gain.len();
     for_rows(ctx, y, width, |r, y| {
         let x = &x[r * width..][..width];
-        let scale = 1.0 / (sum(x.iter().map(|x| x * x)) / width as f32 + eps).sqrt();
+        let scale = 1.0 / (sum(x, |x| x * x) / width as f32 + eps).sqrt();
         for ((y, x), gain) in y.iter_mut().zip(x).zip(gain) {
             *y = gain * (x * scale);
         }
     });
 }
 
-/// In eight lanes, so that the compiler may use vectors.
-fn sum(values: impl ExactSizeIterator<Item = f32>) -> f32 {
-    let mut lanes = [0.0; 8];
-    for (i, x) in values.enumerate() {
-        lanes[i % 8] += x;
+/// `Σ f(x)`, in lanes so that it becomes vector instructions.
+#[inline(always)]
+fn sum(x: &[f32], f: impl Fn(f32) -> f32) -> f32 {
+    let (chunks, rest) = x.as_chunks::<16>();
+    let mut lanes = [0.0; 16];
+    for chunk in chunks {
+        for (lane, &x) in lanes.iter_mut().zip(chunk) {
+            *lane += f(x);
+        }
     }
-    lanes.iter().sum()
+    lanes.iter().sum::<f32>() + rest.iter().map(|&x| f(x)).sum::<f32>()
+}
+
+/// `exp(x)` to 3e-7 relative, without branches so that it becomes vector instructions. Saturates
+/// below −87 and above 88.
+#[inline(always)]
+fn exp(x: f32) -> f32 {
+    // Adding 1.5·2^23 rounds to an integer n, which then stands in the lowest bits.
+    const ROUND: f32 = 12_582_912.0;
+    // ln 2 in two parts; n times the first, of 9 bits, is exact
+    const LN2: [f32; 2] = [0.693_359_4, -2.121_944_4e-4];
+    let x = x.clamp(-87.0, 88.0);
+    let shifted = x * std::f32::consts::LOG2_E + ROUND;
+    let n = shifted - ROUND;
+    let r = x - n * LN2[0] - n * LN2[1];
+    // Σ r^i / i!, where |r| <= ln 2 / 2
+    let tail = 1.0 / 6.0 + r * (1.0 / 24.0 + r * (1.0 / 120.0 + r * (1.0 / 720.0)));
+    let fraction = 1.0 + r * (1.0 + r * (0.5 + r * tail));
+    fraction * f32::from_bits((shifted.to_bits() << 23).wrapping_add(127 << 23)) // · 2^n
 }
 
 /// `x += y`.
@@ -70,10 +93,13 @@ pub(crate) fn add(ctx: &Context, x: &mut [f32], y: &[f32]) {
 
 /// `gate = silu(gate) · up` with `silu(g) = g / (1 + exp(−g))`.
 pub(crate) fn swiglu(ctx: &Context, gate: &mut [f32], up: &[f32]) {
-    for_chunks(ctx, gate, CHUNK / 4, |i, gate| {
-        for (g, up) in gate.iter_mut().zip(&up[i * (CHUNK / 4)..]) {
-            *g = *g / (1.0 + (-*g).exp()) * up;
-        }
+    for_chunks(ctx, gate, CHUNK, |i, gate| {
+        let up = &up[i * CHUNK..];
+        Arch::new().dispatch(|| {
+            for (g, up) in gate.iter_mut().zip(up) {
+                *g = *g / (1.0 + exp(-*g)) * up;
+            }
+        });
     });
 }
 
@@ -99,12 +125,22 @@ pub(crate) fn rope(
 
 /// `x` becomes `exp(x·scale) / Σ exp(x·scale)`.
 pub(crate) fn softmax(x: &mut [f32], scale: f32) {
-    let max = x.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-    for x in x.iter_mut() {
-        *x = ((*x - max) * scale).exp();
-    }
-    let scale = 1.0 / sum(x.iter().copied());
-    x.iter_mut().for_each(|x| *x *= scale);
+    Arch::new().dispatch(|| {
+        // In lanes too; a maximum does not depend on the order.
+        let mut lanes = [f32::NEG_INFINITY; 16];
+        let (chunks, rest) = x.as_chunks::<16>();
+        for chunk in chunks {
+            for (lane, &x) in lanes.iter_mut().zip(chunk) {
+                *lane = if x > *lane { x } else { *lane };
+            }
+        }
+        let max = rest.iter().chain(&lanes).copied().fold(f32::NEG_INFINITY, f32::max);
+        for x in x.iter_mut() {
+            *x = exp((*x - max) * scale);
+        }
+        let scale = 1.0 / sum(x, |x| x);
+        x.iter_mut().for_each(|x| *x *= scale);
+    });
 }
 
 /// `y = a · bᵀ`, on the calling thread.
@@ -122,7 +158,7 @@ pub(crate) fn matmul(a: MatRef<'_, f32>, b: MatRef<'_, f32>, y: MatMut<'_, f32>)
 }
 
 /// Factors are elements, row stride and column stride.
-#[allow(unsafe_code, reason = "the gemm crate takes pointers")]
+#[allow(unsafe_code, reason = "gemm takes pointers")]
 fn multiply(
     (m, n, k): (usize, usize, usize),
     (a, a_row, a_col): (&[f32], usize, usize),
@@ -138,31 +174,33 @@ fn multiply(
     assert!((m - 1) * a_row + (k - 1) * a_col < a.len());
     assert!((k - 1) * b_row + (n - 1) * b_col < b.len());
     assert!((m - 1) * y_row + (n - 1) < y.len());
-    // SAFETY: gemm reads a[i·a_row + l·a_col] and b[l·b_row + j·b_col] and writes y[i·y_row + j]
+    let gemm = gemm_f32::gemm::f32::get_gemm_fn();
+    // It is written for column-major results: yᵀ (n, m) = bᵀ (n, k) · aᵀ (k, m).
+    // SAFETY: gemm reads b[l·b_row + j·b_col] and a[i·a_row + l·a_col] and writes y[i·y_row + j]
     // for i < m, j < n, l < k: within the slices by the assertions. Rows of y do not overlap
     // because a view's row stride is at least its columns, and y is borrowed mutably, so it
     // overlaps neither a nor b. y is not read (`read_dst` is false).
     unsafe {
-        gemm::gemm(
-            m,
+        gemm(
             n,
+            m,
             k,
             y.as_mut_ptr(),
+            y_row as isize, // column stride of yᵀ, then its row stride; so for all operands
             1,
-            y_row as isize,
             false,
-            a.as_ptr(),
-            a_col as isize,
-            a_row as isize,
             b.as_ptr(),
-            b_col as isize,
             b_row as isize,
-            0.0,
+            b_col as isize,
+            a.as_ptr(),
+            a_row as isize,
+            a_col as isize,
+            0.0, // y = 0·y + 1·product
             1.0,
+            false, // no conjugation
             false,
             false,
-            false,
-            gemm::Parallelism::None,
+            gemm_common::Parallelism::None,
         );
     }
 }
@@ -179,30 +217,22 @@ mod tests {
             let a = Mat::from_fn(m, k + 3, |r, c| ((r * 7 + c * 3) % 11) as f32 - 5.0);
             let b = Mat::from_fn(n, k + 1, |r, c| ((r * 5 + c * 2) % 13) as f32 - 6.0);
             let at = Mat::from_fn(k, n, |r, c| b.as_ref().row(c).unwrap()[r]);
-            let cut = |m: &Mat<f32>| {
-                let (data, cols) = (m.data().to_vec(), m.cols());
-                (data, m.rows(), k, cols)
-            };
-            let ((a, ..), (b, ..)) = (cut(&a), cut(&b));
-            let a = MatRef::with_row_stride(&a, m, k, k + 3).unwrap();
-            let b = MatRef::with_row_stride(&b, n, k, k + 1).unwrap();
+            let a = MatRef::with_row_stride(a.data(), m, k, k + 3).unwrap();
+            let b = MatRef::with_row_stride(b.data(), n, k, k + 1).unwrap();
             let expected = Mat::from_fn(m, n, |r, c| {
                 let (a, b) = (a.row(r).unwrap(), b.row(c).unwrap());
                 a.iter().zip(b).map(|(a, b)| a * b).sum::<f32>()
             });
-            let mut y = vec![f32::NAN; m * (n + 2)];
-            let view = |y| MatMut::with_row_stride(y, m, n, n + 2).unwrap();
-            matmul_transposed(a, b, view(&mut y));
-            assert_eq!(
-                y.chunks(n + 2).flat_map(|y| y[..n].to_vec()).collect::<Vec<_>>(),
-                expected.data()
-            );
-            y.fill(f32::NAN);
-            matmul(a, at.as_ref(), view(&mut y));
-            assert_eq!(
-                y.chunks(n + 2).flat_map(|y| y[..n].to_vec()).collect::<Vec<_>>(),
-                expected.data()
-            );
+            for transposed in [true, false] {
+                let mut y = vec![f32::NAN; m * (n + 2)];
+                let view = MatMut::with_row_stride(&mut y, m, n, n + 2).unwrap();
+                match transposed {
+                    true => matmul_transposed(a, b, view),
+                    false => matmul(a, at.as_ref(), view),
+                }
+                let got: Vec<f32> = y.chunks(n + 2).flat_map(|y| y[..n].to_vec()).collect();
+                assert_eq!(got, expected.data(), "{m} x {n} x {k}");
+            }
         }
     }
 
@@ -210,6 +240,19 @@ mod tests {
     fn softmax_sums_to_one_and_survives_large_numbers() {
         let mut x = [1000.0, 1000.0, -1000.0];
         softmax(&mut x, 2.0);
-        assert_eq!(x, [0.5, 0.5, 0.0]);
+        assert!(x[0] == 0.5 && x[1] == 0.5 && x[2] < 1e-37, "{x:?}");
+    }
+
+    #[test]
+    fn exp_is_accurate_to_the_last_bits() {
+        let mut worst = 0.0_f64;
+        for i in -870_000..=880_000 {
+            let x = i as f32 / 10_000.0;
+            let expected = f64::from(x).exp();
+            worst = worst.max((f64::from(exp(x)) / expected - 1.0).abs());
+        }
+        assert!(worst < 3e-7, "{worst:e}");
+        assert_eq!(exp(0.0), 1.0);
+        assert!(exp(-1e30) < 2e-38 && exp(1e30) > 1e38 && exp(f32::NAN).is_nan());
     }
 }

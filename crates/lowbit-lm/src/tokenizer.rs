@@ -96,9 +96,63 @@ impl<'a> Stream<'a> {
 
     fn take(&mut self, text: &str) -> Result<String> {
         let printed = self.tokenizer.decode(&self.ids[..self.done])?;
-        let piece = text.strip_prefix(&printed).unwrap_or(text).to_owned();
+        let piece = match text.strip_prefix(&printed) {
+            Some(piece) => piece.to_owned(),
+            // Bytes that are no text have changed what came before them; that is printed already.
+            None => self.tokenizer.decode(&self.ids[self.done..])?,
+        };
         self.ids.drain(..self.done);
         self.done = self.ids.len();
         Ok(piece)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn tokenizer() -> Tokenizer {
+        let json = crate::tests::tiny::tokenizer().to_string();
+        Tokenizer::parse("tokenizer.json", json.as_bytes()).unwrap()
+    }
+
+    #[test]
+    fn text_survives_and_special_tokens_are_optional() {
+        let t = tokenizer();
+        for text in ["abc ab", " a", "é\n漢", "x"] {
+            assert_eq!(t.decode(&t.encode(text).unwrap()).unwrap(), text);
+            assert_eq!(t.encode(text).unwrap()[1..], t.encode_plain(text).unwrap());
+        }
+    }
+
+    #[test]
+    fn pieces_are_whole_characters_and_join_to_the_text() {
+        let t = tokenizer();
+        let text = "ab c漢é a";
+        let ids = t.encode(text).unwrap();
+        for printed in 1..ids.len() {
+            let mut stream = Stream::new(&t, &ids[..printed]);
+            let mut joined = t.decode(&ids[..printed]).unwrap();
+            if joined.ends_with('\u{fffd}') {
+                continue;
+            }
+            for &id in &ids[printed..] {
+                joined += &stream.push(id).unwrap();
+            }
+            assert_eq!(joined + &stream.finish().unwrap(), text);
+        }
+    }
+
+    #[test]
+    fn bytes_that_are_no_text_are_printed_once() {
+        let t = tokenizer();
+        // é, a byte that continues nothing, then a
+        let mut stream = Stream::new(&t, &[1]);
+        let pieces: Vec<String> = [0xc3 + 3, 0xa9 + 3, 0xa9 + 3, 260]
+            .iter()
+            .map(|&id| stream.push(id).unwrap())
+            .collect();
+        assert_eq!(pieces, ["", "é", "", "\u{fffd}a"]);
+        assert_eq!(stream.finish().unwrap(), "");
     }
 }

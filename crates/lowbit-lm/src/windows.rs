@@ -85,11 +85,10 @@ impl Windows {
 
         let encode = |text: &str| checkpoint.tokenizer().encode_plain(text);
         let open = |tokens: &[u32]| [&[bos], tokens].concat();
-        let mut windows = Vec::new();
+        let (mut windows, mut total) = (Vec::new(), 0);
         match document_mark.as_deref() {
             Some("") => return Err(Error::Invalid("the document mark is empty".into())),
             Some(mark) => {
-                let mut total = 0;
                 for document in clean.split(mark).map(str::trim).filter(|d| !d.is_empty()) {
                     let mut tokens = encode(document)?;
                     tokens.truncate(window);
@@ -109,7 +108,11 @@ impl Windows {
         }
         windows.retain(|window| window.len() > 1);
         if windows.is_empty() {
-            let what = format!("{file}: its first document has more than {max_tokens} tokens");
+            let what = match (document_mark, total) {
+                (Some(_), 0) => "there is no document between the marks".into(),
+                _ => format!("its first document has more than {max_tokens} tokens"),
+            };
+            let what = format!("{file}: {what}");
             return Err(Error::Empty { what });
         }
         Self::new(config, windows)

@@ -1,0 +1,7 @@
+//! Tests on models made on the spot. Those on real models are in `tests/`.
+
+mod checkpoint;
+mod eval;
+mod model;
+mod oracle;
+pub(crate) mod tiny;
