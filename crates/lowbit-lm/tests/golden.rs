@@ -86,7 +86,7 @@ fn stories260k_reproduces_its_perplexity_on_a_stream() {
     check_perplexity("stories260k", "tinyshakespeare.txt", &protocol, 114.8214, 30_000, 59);
 }
 
-/// The windows of a text that holds `<unk>` and CR LF-free lines; the model itself is not run.
+/// `<unk>` is plain text here. Only the windows: the model is not run.
 #[test]
 fn wikitext_is_cut_into_as_many_windows() {
     let (Some(folder), Some(text)) =

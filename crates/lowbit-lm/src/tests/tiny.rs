@@ -133,7 +133,7 @@ fn container(tensors: &Tensors, dtype: &str) -> Vec<u8> {
     }
     // an odd length, so that no tensor is aligned
     let mut header = Value::Object(header).to_string();
-    while header.len() % 2 == 0 {
+    while header.len().is_multiple_of(2) {
         header.push(' ');
     }
     [&(header.len() as u64).to_le_bytes(), header.as_bytes(), &data].concat()
