@@ -10,8 +10,8 @@ use std::time::Duration;
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
 use half::slice::HalfFloatSliceExt;
 use lowbit::dtypes::{
-    F8E4M3, F8E8M0, Format, Isa, Mx, NibbleOrder, Nvfp4, Overflow, Rounding, ScaleRule, Table16, bf16,
-    decode_slice_on, encode_slice_on, f16, pack, unpack,
+    F8E4M3, F8E8M0, Format, Isa, Mx, NibbleOrder, Nvfp4, Overflow, Rounding, ScaleRule, Table16,
+    bf16, decode_slice_on, encode_slice_on, f16, pack, unpack,
 };
 
 /// Elements of the block formats handled at a time, so that codes are still in cache when they are packed.
@@ -68,7 +68,9 @@ fn convert(c: &mut Criterion) {
             }
             time("f64-e4m3", &who, &mut || {
                 let codes = &mut codes[..count / 2];
-                Format::F8E4M3.encode_slice_on(isa, black_box(&wide), codes, near, saturate).unwrap();
+                Format::F8E4M3
+                    .encode_slice_on(isa, black_box(&wide), codes, near, saturate)
+                    .unwrap();
             });
             time("f32-e4m3-stochastic", &who, &mut || {
                 Format::F8E4M3

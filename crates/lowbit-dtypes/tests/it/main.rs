@@ -5,3 +5,4 @@ mod codec;
 mod reference;
 mod slices;
 mod tables;
+mod types;

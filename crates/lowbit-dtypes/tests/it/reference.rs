@@ -125,6 +125,13 @@ impl Reference {
         }
     }
 
+    /// The number of a finite code; infinity for the others.
+    pub(crate) fn value(&self, code: u32) -> f64 {
+        let sign = if code & self.sign_bit != 0 && self.kind != Kind::Scale { -1.0 } else { 1.0 };
+        let magnitude = if self.kind == Kind::Scale { code } else { code & !self.sign_bit };
+        self.values.get(magnitude as usize).map_or(f64::INFINITY, |v| sign * v)
+    }
+
     /// May be one more than the largest code, or any other larger number.
     fn magnitude(&self, a: f64, rounding: Rounding) -> usize {
         let n = self.values.len();
