@@ -43,6 +43,7 @@ impl Method {
 /// Every method there is, in the order of tables. A new one registers itself by a line here.
 pub const METHODS: &[Method] = &[
     Method::new("int8", "8 bits, a scale per channel", &symmetric(8, PerChannel)),
+    Method::new("int8-zp", "8 bits, scale and zero-point per channel", &affine(8, PerChannel)),
     Method::new("w8a8", "8 bits per channel, int8 activations per token", &W8A8),
     Method::new("int4", "4 bits, a scale per channel", &symmetric(4, PerChannel)),
     Method::new("int4-zp", "4 bits, scale and zero-point per channel", &affine(4, PerChannel)),

@@ -1,6 +1,6 @@
 //! `lowbit compare`: one model, every method, a table.
 
-use std::{io::Write, path::PathBuf, time::Duration};
+use std::{io::Write, num::NonZeroUsize, path::PathBuf, time::Duration};
 
 use anyhow::{Context as _, Result, anyhow};
 use lowbit::{Linear, METHODS, Method, kernels};
@@ -24,8 +24,8 @@ pub(crate) struct Options {
     #[arg(long, value_name = "STRING", requires = "text")]
     document_mark: Option<String>,
     /// Tokens to measure the loss on, at most
-    #[arg(long, value_name = "N", default_value_t = 12_000)]
-    max_tokens: usize,
+    #[arg(long, value_name = "N", default_value = "12000")]
+    max_tokens: NonZeroUsize,
     #[command(flatten)]
     threads: Threads,
     /// Kernel to multiply with [default: the best of this CPU]
@@ -142,7 +142,7 @@ pub(crate) fn run(options: &Options) -> Result<()> {
 fn windows(options: &Options, checkpoint: &Checkpoint) -> Result<Windows> {
     if let Some(file) = &options.text {
         let protocol = Protocol {
-            max_tokens: options.max_tokens,
+            max_tokens: options.max_tokens.get(),
             document_mark: options.document_mark.clone(),
             ..Protocol::default()
         };
@@ -162,7 +162,7 @@ fn windows(options: &Options, checkpoint: &Checkpoint) -> Result<Windows> {
             Windows::from_tokens(checkpoint.config(), &file.display().to_string(), &tokens)?
         }
     };
-    Ok(windows.first(options.max_tokens))
+    Ok(windows.first(options.max_tokens.get()))
 }
 
 /// The table, line by line as results arrive.

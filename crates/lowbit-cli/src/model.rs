@@ -60,7 +60,7 @@ pub(crate) fn quantize(
         let weight = layer.weight.as_ref();
         let q = method.quantizer.quantize(weight, &Calibration::new(weight.cols()))?;
         let q = q.with_bias(layer.bias)?;
-        bytes += q.weight().bytes();
+        bytes += q.bytes();
         bar.inc(1);
         Ok(Arc::new(match kernel {
             Some(kernel) => PackedLinear::with_kernel(&q, kernel)?,

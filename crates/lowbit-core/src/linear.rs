@@ -92,6 +92,11 @@ impl<S: AsRef<[u8]>> QLinear<S> {
         &self.weight
     }
 
+    /// Every byte that the layer's weights take where they are stored; the bias is not among them.
+    pub fn bytes(&self) -> usize {
+        self.weight.bytes()
+    }
+
     /// How inputs are quantized; `None` for f32.
     pub fn activation(&self) -> Option<ActivationScheme> {
         self.activation
@@ -122,6 +127,9 @@ impl<S: AsRef<[u8]> + Send + Sync> Linear for QLinear<S> {
 
     fn forward(&self, x: MatRef<'_, f32>, mut y: MatMut<'_, f32>, _: &mut Context) -> Result<()> {
         check_shapes(self, x, &y)?;
+        if x.rows() == 0 || self.out_features() == 0 {
+            return Ok(());
+        }
         let (block_rows, block_cols) = self.weight.block();
         let k = self.in_features();
         let mut a = vec![0_i8; k];
@@ -138,12 +146,13 @@ impl<S: AsRef<[u8]> + Send + Sync> Linear for QLinear<S> {
                 quantize_row_int8(x, &mut a)?;
             }
             for (i, y) in y.iter_mut().enumerate() {
-                let bias = self.bias.as_ref().map_or(0.0, |b| b[i]);
+                let bias = self.bias.as_ref().map(|b| b[i]);
                 *y = match self.activation {
                     None => {
                         let w = w.as_ref().row(i).unwrap_or(&[]);
                         let dot = w.iter().zip(x).map(|(&w, &x)| f64::from(w) * f64::from(x));
-                        (dot.sum::<f64>() + f64::from(bias)) as f32
+                        let dot: f64 = dot.sum();
+                        bias.map_or(dot, |b| dot + f64::from(b)) as f32
                     }
                     Some(ActivationScheme::Int8PerToken) => {
                         self.weight.unpack_row(i, &mut codes)?;
@@ -158,7 +167,8 @@ impl<S: AsRef<[u8]> + Send + Sync> Linear for QLinear<S> {
                                 .sum();
                             sum += dot as f32 * scale;
                         }
-                        sum * scales[row] + bias
+                        let product = sum * scales[row];
+                        bias.map_or(product, |b| product + b)
                     }
                 };
             }

@@ -29,7 +29,7 @@ fn span(rows: usize, cols: usize, row_stride: usize) -> Result<usize> {
 /// assert_eq!(m.get(1, 2), None);
 /// # Ok::<(), lowbit_core::Error>(())
 /// ```
-#[derive(Debug, PartialEq)]
+#[derive(Debug)]
 pub struct MatRef<'a, T> {
     data: &'a [T],
     rows: usize,
@@ -44,6 +44,13 @@ impl<T> Clone for MatRef<'_, T> {
 }
 
 impl<T> Copy for MatRef<'_, T> {}
+
+/// The same shape and elements, whatever lies between the rows.
+impl<T: PartialEq> PartialEq for MatRef<'_, T> {
+    fn eq(&self, other: &Self) -> bool {
+        self.shape() == other.shape() && self.iter_rows().eq(other.iter_rows())
+    }
+}
 
 impl<'a, T> MatRef<'a, T> {
     /// Views `data`, which must have exactly `rows · cols` elements.
@@ -123,7 +130,7 @@ impl<'a, T> MatRef<'a, T> {
         if range.start > range.end || range.end > self.rows {
             return None;
         }
-        let start = (range.start * self.row_stride).min(self.data.len());
+        let start = range.start.saturating_mul(self.row_stride).min(self.data.len());
         Some(Self { data: &self.data[start..], rows: range.len(), ..*self })
     }
 
@@ -147,7 +154,7 @@ impl<'a, T> MatRef<'a, T> {
 /// assert_eq!(data, [0, 0, 0, 1, 1, 1]);
 /// # Ok::<(), lowbit_core::Error>(())
 /// ```
-#[derive(Debug, PartialEq)]
+#[derive(Debug)]
 pub struct MatMut<'a, T> {
     data: &'a mut [T],
     rows: usize,
@@ -325,6 +332,9 @@ mod tests {
         assert_eq!(m.sub_rows(1..2).unwrap().row(0), Some(&[5, 6, 7][..]));
         assert_eq!(m.sub_rows(2..2).unwrap().rows(), 0);
         assert_eq!(m.sub_rows(1..3), None);
+        assert!(
+            MatRef::<u8>::with_row_stride(&[], 3, 0, usize::MAX).unwrap().sub_rows(2..3).is_some()
+        );
         assert!(MatRef::with_row_stride(&data[..7], 2, 3, 5).is_err());
     }
 

@@ -50,6 +50,8 @@ impl QMatrix {
     ///   `lo = min(w, 0)` and `hi = max(w, 0)`: the range always contains 0, which is exact;
     /// * a block of zeros gets scale 1 and codes equal to its zero.
     ///
+    /// With 1 bit there are only 0 and one other level: too few for a block of both signs.
+    ///
     /// The scale is rounded to the scheme's [`ScaleFormat`](crate::ScaleFormat) first; then
     /// `code = clamp(round(w / scale) + zero, 0, 2^b − 1)`. All rounding is to nearest, ties to
     /// even. (Jacob et al., arXiv:1712.05877, section 2.1, with the range extended to 0.)
@@ -59,13 +61,17 @@ impl QMatrix {
     /// the first NaN or infinity, [`Error::ScaleOverflow`] if a scale does not fit its format.
     pub fn quantize(w: MatRef<'_, f32>, scheme: QuantScheme) -> Result<Self> {
         scheme.check()?;
+        let (n, k) = w.shape();
+        let layout = Layout::new(n, k, scheme)?;
+        if n == 0 || k == 0 {
+            let zeros = (!scheme.symmetric).then(Vec::new);
+            return Self::from_parts(n, k, scheme, Vec::new(), Vec::new(), zeros);
+        }
         for (row, values) in w.iter_rows().enumerate() {
             if let Some(col) = values.iter().position(|x| !x.is_finite()) {
                 return Err(Error::NotFinite { what: "weight", row, col });
             }
         }
-        let (n, k) = w.shape();
-        let layout = Layout::new(n, k, scheme)?;
         let bits = u32::from(scheme.dtype.bits());
         let max_code = f32::from(scheme.dtype.max_code());
         let mut codes = vec![0; layout.codes];
@@ -272,10 +278,13 @@ impl<S: AsRef<[u8]>> QMatrix<S> {
     /// The matrix that is computed with: `scale · (code − zero)`, each rounded once to f32.
     pub fn dequantize(&self) -> Mat<f32> {
         let mut w = Mat::zeros(self.rows, self.cols);
+        if w.data().is_empty() {
+            return w;
+        }
         let (block_rows, block_cols) = self.block();
         let mut codes = vec![0; self.cols];
         for (r, row) in w.as_mut().iter_rows_mut().enumerate() {
-            // Cannot fail: the buffer has a row's length. Zeros would show in every test.
+            // Fails only if `S` no longer gives the bytes that `from_parts` has checked.
             if self.unpack_row(r, &mut codes).is_err() {
                 continue;
             }

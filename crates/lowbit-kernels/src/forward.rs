@@ -18,7 +18,7 @@ use crate::{
 const TASK_ROWS: usize = 64;
 
 /// Multiplications below which handing out tasks costs more than it gains.
-const PARALLEL_WORK: usize = 1 << 19;
+const PARALLEL_WORK: usize = if cfg!(test) { 0 } else { 1 << 19 };
 
 impl Linear for PackedLinear {
     fn in_features(&self) -> usize {
@@ -92,7 +92,7 @@ impl PackedLinear {
             let sums = bytemuck::cast_slice_mut(sums);
             // NaN marks a row that could not be quantized.
             let result = self.quantize_row(x.row(row).unwrap_or(&[]), codes, sums);
-            scale.copy_from_slice(&result.unwrap_or(f32::NAN).to_le_bytes());
+            scale.copy_from_slice(&result.unwrap_or(f32::NAN).to_ne_bytes());
         };
         threads.chunks(scratch, stride, quantize);
 

@@ -106,10 +106,10 @@ impl PackedLinear {
             scales: vec![[0.0; NR]; panels * groups],
             zeros: vec![[0; NR]; panels * groups],
         };
-        let mut row_codes = vec![0; k];
+        let mut row_codes = vec![0; if n == 0 { 0 } else { k }];
         let panel_bytes = steps * 4 * NR;
         let codes: &mut [u8] = bytemuck::cast_slice_mut(&mut packed.codes);
-        for row in 0..n {
+        for row in 0..if k == 0 { 0 } else { n } {
             let (panel, lane) = (row / NR, row % NR);
             weight.unpack_row(row, &mut row_codes)?;
             let codes = &mut codes[panel * panel_bytes..][..panel_bytes];

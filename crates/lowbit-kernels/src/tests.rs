@@ -71,7 +71,8 @@ impl Problem {
             packed.forward(x.as_ref(), parallel.as_mut(), &mut ctx).unwrap();
             assert_eq!(y, parallel, "{kernel}, {self:?}: thread counts differ");
             if self.activation.is_some() {
-                assert_eq!(y, expected, "{kernel}, {self:?}");
+                let bits = |y: &Mat<f32>| y.data().iter().map(|y| y.to_bits()).collect::<Vec<_>>();
+                assert_eq!(bits(&y), bits(&expected), "{kernel}, {self:?}");
             } else {
                 self.check_bound(kernel, &layer, &x, &y, &expected);
             }
@@ -224,7 +225,8 @@ fn strided_rows_are_read_and_written_in_place() {
     let x = lowbit_core::MatRef::with_row_stride(wide.data(), 5, 48, 60).unwrap();
     let mut y = vec![-1.0; 5 * 44];
     let view = lowbit_core::MatMut::with_row_stride(&mut y, 5, 40, 44).unwrap();
-    packed.forward(x, view, &mut Context::new()).unwrap();
+    let pool = Arc::new(rayon::ThreadPoolBuilder::new().num_threads(3).build().unwrap());
+    packed.forward(x, view, &mut Context::with_pool(pool)).unwrap();
     for (row, expected) in y.chunks(44).zip(dense.as_ref().iter_rows()) {
         assert_eq!(&row[..40], expected);
         assert_eq!(row[40..], [-1.0; 4]);
@@ -281,6 +283,25 @@ fn a_group_whose_integer_sum_might_overflow_is_refused() {
     assert!(PackedLinear::new(&layer).is_ok());
     let int8 = layer.with_activation(Some(ActivationScheme::Int8PerToken));
     assert!(matches!(PackedLinear::new(&int8), Err(Error::Unsupported { .. })));
+}
+
+/// All codes 255, zero 0, activations ±127: the largest integer sums there are.
+#[test]
+fn the_longest_group_does_not_overflow() {
+    let k = 66_311;
+    let w = Mat::from_fn(2, k, |_, _| 1.0);
+    let q = QMatrix::quantize(w.as_ref(), QuantScheme::affine(8, Granularity::PerChannel)).unwrap();
+    assert_eq!((q.codes()[0], q.params(0, 0).1), (255, 0));
+    let layer = QLinear::new(q).with_activation(Some(ActivationScheme::Int8PerToken));
+    let x = Mat::from_fn(2, k, |r, _| if r == 0 { 1.0 } else { -1.0 });
+    let mut expected = Mat::zeros(2, 2);
+    layer.forward(x.as_ref(), expected.as_mut(), &mut Context::new()).unwrap();
+    for kernel in kernels() {
+        let mut y = Mat::zeros(2, 2);
+        let packed = PackedLinear::with_kernel(&layer, kernel).unwrap();
+        packed.forward(x.as_ref(), y.as_mut(), &mut Context::new()).unwrap();
+        assert_eq!(y, expected, "{kernel}");
+    }
 }
 
 /// The table says which kernels a run has covered; a test run shows it with `--nocapture`.

@@ -55,6 +55,22 @@ pub(crate) struct Panel<'a> {
     pub(crate) steps: usize,
 }
 
+impl Panel<'_> {
+    /// Input features of a full group, padded to whole steps.
+    #[inline(always)]
+    fn padded_group(&self) -> usize {
+        self.steps * self.storage.k_per_step()
+    }
+
+    /// The codes of group `g`; the last group may be shorter.
+    #[inline(always)]
+    fn codes_of(&self, g: usize) -> &[u8] {
+        let full = self.steps * 4 * NR;
+        let rest = &self.codes[g * full..];
+        &rest[..if rest.len() < full { rest.len() } else { full }]
+    }
+}
+
 /// One row of int8 activations, each group padded with zeros to whole steps.
 #[derive(Clone, Copy)]
 pub(crate) struct Int8Row<'a> {
@@ -139,6 +155,9 @@ pub(crate) fn int8<
     }
 }
 
+// Hot loops count with indices: an iterator's adapters are functions that may stay calls, into code
+// that is not compiled for the instruction set at hand.
+#[allow(clippy::needless_range_loop, reason = "see above")]
 #[inline(always)]
 fn int8_rows<V: Isa<L>, const R: usize, const H: usize, const NV: usize, const L: usize>(
     isa: V,
@@ -148,31 +167,27 @@ fn int8_rows<V: Isa<L>, const R: usize, const H: usize, const NV: usize, const L
 ) {
     for h in 0..H {
         let mut total = [[isa.zero_f32(); NV]; R];
-        let groups = panel.codes.chunks(panel.steps * 4 * NR).zip(panel.scales).zip(panel.zeros);
-        for (g, ((codes, scales), zeros)) in groups.enumerate() {
-            let codes: &[[[[[u8; 4]; L]; NV]; H]] = bytemuck::cast_slice(codes);
-            let scales: &[[[f32; L]; NV]] = bytemuck::cast_slice(scales);
-            let zeros: &[[[u8; L]; NV]] = bytemuck::cast_slice(zeros);
-            let (scales, zeros) = (&scales[h], &zeros[h]);
-            let first = g * panel.steps * panel.storage.k_per_step();
-            let len = codes.len() * panel.storage.k_per_step();
+        for g in 0..panel.scales.len() {
+            let codes: &[[[[[u8; 4]; L]; NV]; H]] = bytemuck::cast_slice(panel.codes_of(g));
+            let (steps, first) = (codes.len(), g * panel.padded_group());
             let mut dots = [[isa.zero_i32(); NV]; R];
             let offset = match panel.storage {
                 Storage::Nibbles => {
                     let mut a: [&[[[i8; 4]; 2]]; R] = [&[]; R];
-                    for (a, row) in a.iter_mut().zip(rows) {
-                        *a = &bytemuck::cast_slice(&row.codes[first..][..len])[..codes.len()];
+                    for r in 0..R {
+                        a[r] = bytemuck::cast_slice(&rows[r].codes[first..][..steps * 8]);
+                        a[r] = &a[r][..steps];
                     }
-                    for (s, codes) in codes.iter().enumerate() {
+                    for s in 0..steps {
                         let mut halves = [(isa.zero_i32(), isa.zero_i32()); NV];
-                        for (halves, codes) in halves.iter_mut().zip(&codes[h]) {
-                            *halves = isa.nibbles(isa.load_codes(codes));
+                        for v in 0..NV {
+                            halves[v] = isa.nibbles(isa.load_codes(&codes[s][h][v]));
                         }
-                        for (dots, a) in dots.iter_mut().zip(&a) {
-                            let (low, high) = (isa.splat_a(a[s][0]), isa.splat_a(a[s][1]));
-                            for (dot, halves) in dots.iter_mut().zip(&halves) {
-                                *dot = isa.dot_nibbles(*dot, halves.0, low);
-                                *dot = isa.dot_nibbles(*dot, halves.1, high);
+                        for r in 0..R {
+                            let (low, high) = (isa.splat_a(a[r][s][0]), isa.splat_a(a[r][s][1]));
+                            for v in 0..NV {
+                                let dot = isa.dot_nibbles(dots[r][v], halves[v].0, low);
+                                dots[r][v] = isa.dot_nibbles(dot, halves[v].1, high);
                             }
                         }
                     }
@@ -180,33 +195,36 @@ fn int8_rows<V: Isa<L>, const R: usize, const H: usize, const NV: usize, const L
                 }
                 Storage::Bytes => {
                     let mut a: [&[[i8; 4]]; R] = [&[]; R];
-                    for (a, row) in a.iter_mut().zip(rows) {
-                        *a = &bytemuck::cast_slice(&row.codes[first..][..len])[..codes.len()];
+                    for r in 0..R {
+                        a[r] = bytemuck::cast_slice(&rows[r].codes[first..][..steps * 4]);
+                        a[r] = &a[r][..steps];
                     }
-                    for (s, codes) in codes.iter().enumerate() {
+                    for s in 0..steps {
                         let mut loaded = [isa.zero_i32(); NV];
-                        for (loaded, codes) in loaded.iter_mut().zip(&codes[h]) {
-                            *loaded = isa.load_codes(codes);
+                        for v in 0..NV {
+                            loaded[v] = isa.load_codes(&codes[s][h][v]);
                         }
-                        for (dots, a) in dots.iter_mut().zip(&a) {
-                            let a = isa.splat_a(a[s]);
-                            for (dot, &codes) in dots.iter_mut().zip(&loaded) {
-                                *dot = isa.dot_bytes(*dot, codes, a);
+                        for r in 0..R {
+                            let a = isa.splat_a(a[r][s]);
+                            for v in 0..NV {
+                                dots[r][v] = isa.dot_bytes(dots[r][v], loaded[v], a);
                             }
                         }
                     }
                     V::BYTES_OFFSET
                 }
             };
+            let (scales, zeros): (&[[[f32; L]; NV]], &[[[u8; L]; NV]]) =
+                (bytemuck::cast_slice(&panel.scales[g]), bytemuck::cast_slice(&panel.zeros[g]));
             for v in 0..NV {
-                let scale = isa.load_f32(&scales[v]);
-                let zero = isa.load_zeros(&zeros[v], offset);
+                let scale = isa.load_f32(&scales[h][v]);
+                let zero = isa.load_zeros(&zeros[h][v], offset);
                 for r in 0..R {
                     total[r][v] = isa.flush(total[r][v], dots[r][v], zero, rows[r].sums[g], scale);
                 }
             }
         }
-        store(isa, h, total, out);
+        store(isa, h, &total, out);
     }
 }
 
@@ -235,6 +253,7 @@ pub(crate) fn f32<
     }
 }
 
+#[allow(clippy::needless_range_loop, reason = "as in int8_rows")]
 #[inline(always)]
 fn f32_rows<V: Isa<L>, const R: usize, const H: usize, const NV: usize, const L: usize>(
     isa: V,
@@ -244,65 +263,62 @@ fn f32_rows<V: Isa<L>, const R: usize, const H: usize, const NV: usize, const L:
 ) {
     for h in 0..H {
         let mut total = [[isa.zero_f32(); NV]; R];
-        let groups = panel.codes.chunks(panel.steps * 4 * NR).zip(panel.scales).zip(panel.zeros);
-        for (g, ((codes, scales), zeros)) in groups.enumerate() {
-            let codes: &[[[[[u8; 4]; L]; NV]; H]] = bytemuck::cast_slice(codes);
-            let scales: &[[[f32; L]; NV]] = bytemuck::cast_slice(scales);
-            let zeros: &[[[u8; L]; NV]] = bytemuck::cast_slice(zeros);
-            let (scales, zeros) = (&scales[h], &zeros[h]);
+        for g in 0..panel.scales.len() {
+            let codes: &[[[[[u8; 4]; L]; NV]; H]] = bytemuck::cast_slice(panel.codes_of(g));
+            let (scales, zeros): (&[[[f32; L]; NV]], &[[[u8; L]; NV]]) =
+                (bytemuck::cast_slice(&panel.scales[g]), bytemuck::cast_slice(&panel.zeros[g]));
+            let (steps, first) = (codes.len(), g * panel.padded_group());
             let mut zero = [isa.zero_f32(); NV];
-            for (zero, zeros) in zero.iter_mut().zip(zeros) {
-                *zero = isa.to_f32(isa.load_zeros(zeros, 0));
-            }
-            let first = g * panel.steps * panel.storage.k_per_step();
-            let len = codes.len() * panel.storage.k_per_step();
-            let mut x: [&[f32]; R] = [&[]; R];
-            for (x, row) in x.iter_mut().zip(rows) {
-                *x = &row[first..][..len];
+            for v in 0..NV {
+                zero[v] = isa.to_f32(isa.load_zeros(&zeros[h][v], 0));
             }
             let mut sums = [[isa.zero_f32(); NV]; R];
             // One output feature is one lane and adds from left to right, whatever R and NV are.
-            macro_rules! step {
-            ($codes:ident, $first:expr, $($j:literal: $shift:literal, $mask:literal;)*) => {
-                let mut loaded = [isa.zero_i32(); NV];
-                for (loaded, codes) in loaded.iter_mut().zip(&$codes[h]) {
-                    *loaded = isa.load_codes(codes);
-                }
-                $(
-                    let mut levels = [isa.zero_f32(); NV];
-                    for v in 0..NV {
-                        levels[v] = isa.sub(isa.level::<$shift, $mask>(loaded[v]), zero[v]);
+            macro_rules! steps_of {
+                ($k:literal features, $($j:literal: $shift:literal, $mask:literal;)*) => {
+                    let mut x: [&[[f32; $k]]; R] = [&[]; R];
+                    for r in 0..R {
+                        x[r] = bytemuck::cast_slice(&rows[r][first..][..steps * $k]);
+                        x[r] = &x[r][..steps];
                     }
-                    for (sums, x) in sums.iter_mut().zip(&x) {
-                        let x = isa.splat_f32(x[$first + $j]);
-                        for (sum, &level) in sums.iter_mut().zip(&levels) {
-                            *sum = isa.mul_add(*sum, x, level);
+                    for s in 0..steps {
+                        let mut loaded = [isa.zero_i32(); NV];
+                        for v in 0..NV {
+                            loaded[v] = isa.load_codes(&codes[s][h][v]);
                         }
+                        $(
+                            let mut levels = [isa.zero_f32(); NV];
+                            for v in 0..NV {
+                                let level = isa.level::<$shift, $mask>(loaded[v]);
+                                levels[v] = isa.sub(level, zero[v]);
+                            }
+                            for r in 0..R {
+                                let x = isa.splat_f32(x[r][s][$j]);
+                                for v in 0..NV {
+                                    sums[r][v] = isa.mul_add(sums[r][v], x, levels[v]);
+                                }
+                            }
+                        )*
                     }
-                )*
-            };
-        }
+                };
+            }
             match panel.storage {
                 Storage::Nibbles => {
-                    for (s, codes) in codes.iter().enumerate() {
-                        step!(codes, 8 * s, 0: 0, 15; 1: 8, 15; 2: 16, 15; 3: 24, 15;
-                                        4: 4, 15; 5: 12, 15; 6: 20, 15; 7: 28, 15;);
-                    }
+                    steps_of!(8 features, 0: 0, 15; 1: 8, 15; 2: 16, 15; 3: 24, 15;
+                                          4: 4, 15; 5: 12, 15; 6: 20, 15; 7: 28, 15;);
                 }
                 Storage::Bytes => {
-                    for (s, codes) in codes.iter().enumerate() {
-                        step!(codes, 4 * s, 0: 0, 255; 1: 8, 255; 2: 16, 255; 3: 24, 255;);
-                    }
+                    steps_of!(4 features, 0: 0, 255; 1: 8, 255; 2: 16, 255; 3: 24, 255;);
                 }
             }
             for v in 0..NV {
-                let scale = isa.load_f32(&scales[v]);
+                let scale = isa.load_f32(&scales[h][v]);
                 for r in 0..R {
                     total[r][v] = isa.mul_add(total[r][v], sums[r][v], scale);
                 }
             }
         }
-        store(isa, h, total, out);
+        store(isa, h, &total, out);
     }
 }
 
@@ -311,13 +327,13 @@ fn f32_rows<V: Isa<L>, const R: usize, const H: usize, const NV: usize, const L:
 fn store<V: Isa<L>, const R: usize, const NV: usize, const L: usize>(
     isa: V,
     h: usize,
-    total: [[V::F32; NV]; R],
+    total: &[[V::F32; NV]; R],
     out: &mut [[f32; NR]; R],
 ) {
-    for (out, total) in out.iter_mut().zip(total) {
-        let out: &mut [[[f32; L]; NV]] = bytemuck::cast_slice_mut(out);
-        for (out, total) in out[h].iter_mut().zip(total) {
-            isa.store_f32(total, out);
+    for r in 0..R {
+        let out: &mut [[[f32; L]; NV]] = bytemuck::cast_slice_mut(&mut out[r]);
+        for v in 0..NV {
+            isa.store_f32(total[r][v], &mut out[h][v]);
         }
     }
 }

@@ -180,6 +180,8 @@ impl Model {
         if total > context {
             return Err(Error::Context { what: "a text", tokens: total, context });
         }
+        // Rows that a call which panicked has left behind.
+        cache.truncate(past);
         // Once inside the pool, the many small tasks below start without crossing threads.
         let result = match ctx.pool().cloned() {
             Some(pool) => pool.install(|| self.run_blocks(tokens, cache, ctx, observe)),

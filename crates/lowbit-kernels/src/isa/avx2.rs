@@ -86,7 +86,9 @@ impl Isa<8> for Avx2 {
     #[inline(always)]
     fn splat_a(self, a: [i8; 4]) -> __m256i {
         // SAFETY: see above.
-        unsafe { _mm256_set1_epi32(i32::from_le_bytes(a.map(|a| a as u8))) }
+        unsafe {
+            _mm256_set1_epi32(i32::from_le_bytes([a[0] as u8, a[1] as u8, a[2] as u8, a[3] as u8]))
+        }
     }
 
     #[inline(always)]

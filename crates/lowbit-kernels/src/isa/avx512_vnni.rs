@@ -88,7 +88,9 @@ impl Isa<16> for Avx512Vnni {
     #[inline(always)]
     fn splat_a(self, a: [i8; 4]) -> __m512i {
         // SAFETY: see above.
-        unsafe { _mm512_set1_epi32(i32::from_le_bytes(a.map(|a| a as u8))) }
+        unsafe {
+            _mm512_set1_epi32(i32::from_le_bytes([a[0] as u8, a[1] as u8, a[2] as u8, a[3] as u8]))
+        }
     }
 
     #[inline(always)]

@@ -53,7 +53,7 @@ impl Isa<8> for Scalar {
     }
 
     fn splat_a(self, a: [i8; 4]) -> [i32; 8] {
-        [i32::from_le_bytes(a.map(|a| a as u8)); 8]
+        [i32::from_le_bytes([a[0] as u8, a[1] as u8, a[2] as u8, a[3] as u8]); 8]
     }
 
     fn splat_f32(self, x: f32) -> [f32; 8] {
