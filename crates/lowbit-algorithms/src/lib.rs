@@ -36,4 +36,8 @@ pub trait Quantizer: Send + Sync {
     /// [`Error::Length`](lowbit_core::Error::Length) if `calibration` is of another width, and
     /// what the method itself documents.
     fn quantize(&self, w: MatRef<'_, f32>, calibration: &Calibration) -> Result<QLinear>;
+
+    /// Whether [`quantize`](Self::quantize) looks at the calibration's statistics: if not, an empty
+    /// one of the right width will do.
+    fn needs_calibration(&self) -> bool;
 }

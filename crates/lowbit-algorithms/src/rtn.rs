@@ -40,4 +40,8 @@ impl Quantizer for Rtn {
         let weight = QMatrix::quantize(w, self.scheme)?;
         Ok(QLinear::new(weight).with_activation(self.activation))
     }
+
+    fn needs_calibration(&self) -> bool {
+        false
+    }
 }

@@ -1,6 +1,11 @@
 //! `lowbit compare`: one model, every method, a table.
 
-use std::{io::Write, num::NonZeroUsize, path::PathBuf, time::Duration};
+use std::{
+    io::{IsTerminal, Write},
+    num::NonZeroUsize,
+    path::PathBuf,
+    time::Duration,
+};
 
 use anyhow::{Context as _, Result, anyhow};
 use lowbit::{Linear, METHODS, Method, kernels};
@@ -76,15 +81,15 @@ pub(crate) fn run(options: &Options) -> Result<()> {
         None => METHODS.iter().collect(),
     };
 
-    let table = Table { visible: !options.json };
+    let mut table = Table::new(options.json);
     let kernel = options.kernel.or_else(|| kernels().next()).unwrap_or_default();
-    table.head(&format!(
+    let title = format!(
         "{}: {} tokens in {} windows, {} threads, kernel {kernel}",
         checkpoint.name(),
         windows.predicted(),
         windows.len(),
         ctx.threads(),
-    ))?;
+    );
 
     let bar = progress(windows.predicted(), "f32: loss");
     let model = Model::load(&checkpoint)?;
@@ -104,11 +109,14 @@ pub(crate) fn run(options: &Options) -> Result<()> {
         decode_tokens_per_s: speed.decode_tokens_per_s,
     }];
     bar.finish_and_clear();
+    table.head(&title)?;
     table.row(&rows[0])?;
 
+    let calibrations = model::calibrate(&model, options.model.as_ref(), &methods, &mut ctx)?;
     for method in methods {
         let (quantized, weight_bytes) =
-            model::quantize(&model, &checkpoint, method, options.kernel).context(method.name)?;
+            model::quantize(&model, &checkpoint, method, &calibrations, options.kernel)
+                .context(method.name)?;
         let bar = progress(windows.predicted(), &format!("{}: loss", method.name));
         let comparison =
             baseline.compare(&quantized, &mut ctx, |done| bar.set_position(done as u64))?;
@@ -133,9 +141,9 @@ pub(crate) fn run(options: &Options) -> Result<()> {
     }
     if options.json {
         let report = Report { model: checkpoint.name(), tokens: windows.predicted(), rows: &rows };
-        writeln!(std::io::stdout(), "{}", serde_json::to_string_pretty(&report)?)?;
+        table.line(serde_json::to_string_pretty(&report)?)?;
     }
-    Ok(())
+    table.finish()
 }
 
 /// The text that the losses are measured on.
@@ -153,11 +161,8 @@ fn windows(options: &Options, checkpoint: &Checkpoint) -> Result<Windows> {
         None => Windows::from_tokens(checkpoint.config(), "eval.tokens", model::EVAL_TOKENS)?,
         Some(folder) => {
             let file = folder.join("eval.tokens");
-            let tokens = std::fs::read_to_string(&file).map_err(|_| {
-                anyhow!(
-                    "{}: there is no eval.tokens: give a text with --text FILE",
-                    folder.display()
-                )
+            let tokens = std::fs::read_to_string(&file).map_err(|e| {
+                anyhow!("cannot read {}: {e}; or give a text with --text FILE", file.display())
             })?;
             Windows::from_tokens(checkpoint.config(), &file.display().to_string(), &tokens)?
         }
@@ -165,47 +170,56 @@ fn windows(options: &Options, checkpoint: &Checkpoint) -> Result<Windows> {
     Ok(windows.first(options.max_tokens.get()))
 }
 
-/// The table, line by line as results arrive.
+/// Standard output: line by line for someone who watches, at once and only after everything went
+/// well for a file or a program.
 struct Table {
-    visible: bool,
+    json: bool,
+    pending: Option<String>,
 }
 
 impl Table {
-    fn head(&self, title: &str) -> Result<()> {
-        if self.visible {
-            let mut out = std::io::stdout();
-            writeln!(out, "{title}\n")?;
-            writeln!(
-                out,
-                "{:<14} {:>8} {:>9} {:>10} {:>9} {:>7} {:>13} {:>12}",
-                "method",
-                "bits/w",
-                "MiB",
-                "perplexity",
-                "KL",
-                "top-1",
-                "prefill tok/s",
-                "decode tok/s"
-            )?;
+    fn new(json: bool) -> Self {
+        let watched = std::io::stdout().is_terminal();
+        Self { json, pending: (!watched || json).then(String::new) }
+    }
+
+    fn head(&mut self, title: &str) -> Result<()> {
+        if self.json {
+            return Ok(());
+        }
+        self.line(format!(
+            "{title}\n\n{:<14} {:>8} {:>9} {:>10} {:>9} {:>7} {:>13} {:>12}",
+            "method", "bits/w", "MiB", "perplexity", "KL", "top-1", "prefill tok/s", "decode tok/s"
+        ))
+    }
+
+    fn row(&mut self, row: &Row) -> Result<()> {
+        if self.json {
+            return Ok(());
+        }
+        self.line(format!(
+            "{:<14} {:>8.2} {:>9.2} {:>10.4} {:>9.5} {:>6.1}% {:>13.0} {:>12.0}",
+            row.method,
+            row.bits_per_weight,
+            row.weight_bytes as f64 / f64::from(1 << 20),
+            row.perplexity,
+            row.kl,
+            row.top1 * 100.0,
+            row.prefill_tokens_per_s,
+            row.decode_tokens_per_s
+        ))
+    }
+
+    fn line(&mut self, line: String) -> Result<()> {
+        match &mut self.pending {
+            Some(pending) => *pending += &(line + "\n"),
+            None => writeln!(std::io::stdout(), "{line}")?,
         }
         Ok(())
     }
 
-    fn row(&self, row: &Row) -> Result<()> {
-        if self.visible {
-            writeln!(
-                std::io::stdout(),
-                "{:<14} {:>8.2} {:>9.2} {:>10.4} {:>9.5} {:>6.1}% {:>13.0} {:>12.0}",
-                row.method,
-                row.bits_per_weight,
-                row.weight_bytes as f64 / f64::from(1 << 20),
-                row.perplexity,
-                row.kl,
-                row.top1 * 100.0,
-                row.prefill_tokens_per_s,
-                row.decode_tokens_per_s
-            )?;
-        }
+    fn finish(self) -> Result<()> {
+        write!(std::io::stdout(), "{}", self.pending.unwrap_or_default())?;
         Ok(())
     }
 }

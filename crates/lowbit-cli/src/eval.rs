@@ -42,7 +42,8 @@ struct Report {
     tokens: usize,
     windows: usize,
     perplexity: f64,
-    standard_error: f64,
+    /// Missing for a single token.
+    standard_error: Option<f64>,
 }
 
 pub(crate) fn run(options: &Options) -> Result<()> {
@@ -69,17 +70,16 @@ pub(crate) fn run(options: &Options) -> Result<()> {
         tokens: result.tokens,
         windows: windows.len(),
         perplexity: result.value,
-        standard_error: result.standard_error,
+        standard_error: Some(result.standard_error).filter(|e| e.is_finite()),
     };
     let mut out = std::io::stdout();
     if options.json {
         writeln!(out, "{}", serde_json::to_string_pretty(&report)?)?;
     } else {
-        writeln!(
-            out,
-            "perplexity {:.6} ± {:.6} ({} tokens in {} windows)",
-            report.perplexity, report.standard_error, report.tokens, report.windows
-        )?;
+        let error = report.standard_error.map_or(String::new(), |e| format!(" ± {e:.6}"));
+        let (tokens, windows) = (report.tokens, report.windows);
+        let perplexity = report.perplexity;
+        writeln!(out, "perplexity {perplexity:.6}{error} ({tokens} tokens in {windows} windows)")?;
     }
     Ok(())
 }

@@ -43,7 +43,8 @@ pub(crate) fn run(options: &Options) -> Result<()> {
     let checkpoint = model::open(options.model.as_ref())?;
     let mut model = Model::load(&checkpoint)?;
     if let Some(method) = options.method {
-        (model, _) = model::quantize(&model, &checkpoint, method, None)?;
+        let calibrations = model::calibrate(&model, options.model.as_ref(), &[method], &mut ctx)?;
+        (model, _) = model::quantize(&model, &checkpoint, method, &calibrations, None)?;
     }
     let sampling = Sampling {
         temperature: options.temperature,

@@ -1,14 +1,15 @@
 //! The model to work on: a folder of the user's, or the one that is part of the program.
 
 use std::{
+    collections::BTreeMap,
     path::{Path, PathBuf},
     sync::Arc,
 };
 
 use anyhow::{Result, anyhow};
 use clap::builder::{PossibleValue, PossibleValuesParser, TypedValueParser};
-use lowbit::{Calibration, METHODS, Method, PackedLinear, kernels};
-use lowbit_lm::{Checkpoint, Model};
+use lowbit::{Calibration, Context, METHODS, Method, PackedLinear, kernels};
+use lowbit_lm::{Checkpoint, Model, Windows, eval};
 
 use crate::progress;
 
@@ -20,6 +21,9 @@ const TOKENIZER: &[u8] = include_bytes!("../../../models/stories3m/tokenizer.jso
 /// Documents that the embedded model itself has written, so that it predicts them as well as they
 /// can be predicted: whatever a quantized version predicts worse is its own loss.
 pub(crate) const EVAL_TOKENS: &str = include_str!("../../../models/stories3m/eval.tokens");
+
+/// Other documents of its own, for methods that look at a layer's inputs.
+const CALIBRATION_TOKENS: &str = include_str!("../../../models/stories3m/calibration.tokens");
 
 /// Opens `folder`, or the embedded model.
 pub(crate) fn open(folder: Option<&PathBuf>) -> Result<Checkpoint> {
@@ -47,18 +51,47 @@ pub(crate) fn read(file: &Path) -> Result<Vec<u8>> {
     std::fs::read(file).map_err(|e| anyhow!("cannot read {}: {e}", file.display()))
 }
 
+/// Statistics of the input of each linear layer, by the layer's name.
+pub(crate) type Calibrations = BTreeMap<String, Arc<Calibration>>;
+
+/// What `methods` need to know of the layers' inputs: nothing, or statistics over the documents in
+/// calibration.tokens of the model.
+pub(crate) fn calibrate(
+    model: &Model,
+    folder: Option<&PathBuf>,
+    methods: &[&Method],
+    ctx: &mut Context,
+) -> Result<Calibrations> {
+    if !methods.iter().any(|method| method.quantizer.needs_calibration()) {
+        return Ok(Calibrations::new());
+    }
+    let file = folder.map(|folder| folder.join("calibration.tokens"));
+    let (file, tokens) = match &file {
+        None => ("calibration.tokens".to_string(), CALIBRATION_TOKENS.into()),
+        Some(file) => (file.display().to_string(), String::from_utf8(read(file)?)?),
+    };
+    let windows = Windows::from_tokens(model.config(), &file, &tokens)?;
+    let bar = progress(windows.predicted(), "calibrating");
+    let calibrations = eval::calibrate(model, &windows, ctx, |done| bar.set_position(done as u64))?;
+    bar.finish_and_clear();
+    Ok(calibrations)
+}
+
 /// The model with every linear layer quantized and packed, and the bytes that those layers store.
 pub(crate) fn quantize(
     model: &Model,
     checkpoint: &Checkpoint,
     method: &Method,
+    calibrations: &Calibrations,
     kernel: Option<&str>,
 ) -> Result<(Model, usize)> {
     let bar = progress(checkpoint.linear_names().len(), &format!("{}: quantizing", method.name));
     let mut bytes = 0;
     let quantized = model.with_linears(checkpoint, |layer| {
         let weight = layer.weight.as_ref();
-        let q = method.quantizer.quantize(weight, &Calibration::new(weight.cols()))?;
+        let none = || Arc::new(Calibration::new(weight.cols()));
+        let calibration = calibrations.get(&layer.name).cloned().unwrap_or_else(none);
+        let q = method.quantizer.quantize(weight, &calibration)?;
         let q = q.with_bias(layer.bias)?;
         bytes += q.bytes();
         bar.inc(1);

@@ -18,17 +18,18 @@ pub(crate) struct NewFile {
 impl NewFile {
     /// Makes sure that `path` can be written, before any work is done, and leaves nothing behind.
     pub(crate) fn prepare(path: &Path) -> Result<Self> {
+        if path.file_name().is_none() || (path.exists() && !path.is_file()) {
+            let path = path.display();
+            return Err(anyhow!("cannot write {path}: that is a folder or a device; name a file"));
+        }
+        // A link stays a link.
+        let path = fs::canonicalize(path).unwrap_or_else(|_| path.to_path_buf());
         let mut name = path.file_name().unwrap_or_default().to_os_string();
         name.push(format!(".{}.part", std::process::id()));
-        let new = Self { path: path.to_path_buf(), beside: path.with_file_name(name) };
-        if path.is_dir() || path.file_name().is_none() {
-            return Err(anyhow!("cannot write {}: that is a folder; name a file", path.display()));
-        }
+        let new = Self { beside: path.with_file_name(name), path };
         File::create(&new.beside).and_then(|_| fs::remove_file(&new.beside)).map_err(|e| {
-            anyhow!(
-                "cannot write {}: {e}; choose a folder that exists and is yours",
-                path.display()
-            )
+            let path = new.path.display();
+            anyhow!("cannot write {path}: {e}; choose a folder that exists and is yours")
         })?;
         Ok(new)
     }
@@ -66,5 +67,6 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         assert!(NewFile::prepare(folder.path()).is_err());
         assert!(NewFile::prepare(&folder.path().join("missing/a.svg")).is_err());
+        assert!(NewFile::prepare(Path::new("/dev/null")).is_err());
     }
 }

@@ -214,8 +214,8 @@ fn int8_rows<V: Isa<L>, const R: usize, const H: usize, const NV: usize, const L
                     V::BYTES_OFFSET
                 }
             };
-            let (scales, zeros): (&[[[f32; L]; NV]], &[[[u8; L]; NV]]) =
-                (bytemuck::cast_slice(&panel.scales[g]), bytemuck::cast_slice(&panel.zeros[g]));
+            let scales: &[[[f32; L]; NV]] = bytemuck::cast_slice(&panel.scales[g]);
+            let zeros: &[[[u8; L]; NV]] = bytemuck::cast_slice(&panel.zeros[g]);
             for v in 0..NV {
                 let scale = isa.load_f32(&scales[h][v]);
                 let zero = isa.load_zeros(&zeros[h][v], offset);
@@ -265,8 +265,8 @@ fn f32_rows<V: Isa<L>, const R: usize, const H: usize, const NV: usize, const L:
         let mut total = [[isa.zero_f32(); NV]; R];
         for g in 0..panel.scales.len() {
             let codes: &[[[[[u8; 4]; L]; NV]; H]] = bytemuck::cast_slice(panel.codes_of(g));
-            let (scales, zeros): (&[[[f32; L]; NV]], &[[[u8; L]; NV]]) =
-                (bytemuck::cast_slice(&panel.scales[g]), bytemuck::cast_slice(&panel.zeros[g]));
+            let scales: &[[[f32; L]; NV]] = bytemuck::cast_slice(&panel.scales[g]);
+            let zeros: &[[[u8; L]; NV]] = bytemuck::cast_slice(&panel.zeros[g]);
             let (steps, first) = (codes.len(), g * panel.padded_group());
             let mut zero = [isa.zero_f32(); NV];
             for v in 0..NV {

@@ -65,8 +65,8 @@ pub fn perplexity(
     progress: impl FnMut(usize),
 ) -> Result<Perplexity> {
     let mut losses = Vec::with_capacity(windows.predicted());
-    each_window(model, windows, ctx, progress, |index, tokens, logits, ctx| {
-        losses.extend(window_losses(index, tokens, &logits, ctx)?);
+    each_piece(model, windows, ctx, progress, |piece, logits, ctx| {
+        losses.extend(losses_of(&piece, &logits, ctx)?);
         Ok(())
     })?;
     Ok(Perplexity::of(&losses))
@@ -104,7 +104,7 @@ pub fn perplexity(
 #[derive(Debug)]
 pub struct Baseline {
     windows: Windows,
-    /// Of each window, for all tokens but the last.
+    /// Of each piece of each window.
     logits: Vec<Mat<f32>>,
     perplexity: Perplexity,
 }
@@ -122,8 +122,8 @@ impl Baseline {
     ) -> Result<Self> {
         let mut losses = Vec::with_capacity(windows.predicted());
         let mut kept = Vec::with_capacity(windows.len());
-        each_window(model, windows, ctx, progress, |index, tokens, logits, ctx| {
-            losses.extend(window_losses(index, tokens, &logits, ctx)?);
+        each_piece(model, windows, ctx, progress, |piece, logits, ctx| {
+            losses.extend(losses_of(&piece, &logits, ctx)?);
             kept.push(logits);
             Ok(())
         })?;
@@ -154,12 +154,13 @@ impl Baseline {
     ) -> Result<Comparison> {
         let tokens = self.windows.predicted();
         let (mut losses, mut kl, mut top1) = (Vec::with_capacity(tokens), 0.0, 0_usize);
-        each_window(model, &self.windows, ctx, progress, |index, tokens, q, ctx| {
-            let p = &self.logits[index];
+        let mut baseline = self.logits.iter();
+        each_piece(model, &self.windows, ctx, progress, |piece, q, ctx| {
+            let Some(p) = baseline.next() else { return Ok(()) };
             if p.cols() != q.cols() {
                 return Err(Error::Baseline { expected: p.cols(), got: q.cols() });
             }
-            losses.extend(window_losses(index, tokens, &q, ctx)?);
+            losses.extend(losses_of(&piece, &q, ctx)?);
             let mut rows = vec![(0.0, false); q.rows()];
             ops::for_chunks(ctx, &mut rows, 8, |i, rows| {
                 for (r, out) in rows.iter_mut().enumerate() {
@@ -228,45 +229,55 @@ impl Perplexity {
     }
 }
 
-/// Calls `f(index, tokens, logits, ctx)` for each window: the logits predict `tokens[1..]`.
-fn each_window(
+/// Tokens whose logits are in memory at a time: vocabularies are large, and so are contexts.
+const PIECE: usize = 512;
+
+/// A part of a window.
+struct Piece<'a> {
+    window: usize,
+    start: usize,
+    /// What the logits after each of the piece's tokens should predict.
+    targets: &'a [u32],
+}
+
+/// Calls `f(piece, logits, ctx)` for each piece of each window.
+fn each_piece(
     model: &Model,
     windows: &Windows,
     ctx: &mut Context,
     mut progress: impl FnMut(usize),
-    mut f: impl FnMut(usize, &[u32], Mat<f32>, &Context) -> Result<()>,
+    mut f: impl FnMut(Piece<'_>, Mat<f32>, &Context) -> Result<()>,
 ) -> Result<()> {
     let mut cache = KvCache::new(model.config());
     let mut done = 0;
-    for (index, tokens) in windows.iter().enumerate() {
+    for (window, tokens) in windows.iter().enumerate() {
         cache.truncate(0);
-        let logits = model.forward(&tokens[..tokens.len() - 1], &mut cache, ctx)?;
-        f(index, tokens, logits, ctx)?;
-        done += tokens.len() - 1;
-        progress(done);
+        let given = &tokens[..tokens.len() - 1];
+        for (i, (given, targets)) in given.chunks(PIECE).zip(tokens[1..].chunks(PIECE)).enumerate()
+        {
+            let logits = model.forward(given, &mut cache, ctx)?;
+            f(Piece { window, start: i * PIECE, targets }, logits, ctx)?;
+            done += targets.len();
+            progress(done);
+        }
     }
     Ok(())
 }
 
-/// The negative log-likelihood of each of `tokens[1..]`.
-fn window_losses(
-    window: usize,
-    tokens: &[u32],
-    logits: &Mat<f32>,
-    ctx: &Context,
-) -> Result<Vec<f64>> {
+/// The negative log-likelihood of each target.
+fn losses_of(piece: &Piece<'_>, logits: &Mat<f32>, ctx: &Context) -> Result<Vec<f64>> {
     let mut losses = vec![0.0; logits.rows()];
     ops::for_chunks(ctx, &mut losses, 8, |i, losses| {
         for (r, loss) in losses.iter_mut().enumerate() {
-            let position = i * 8 + r;
-            let row = logits.as_ref().row(position).unwrap_or(&[]);
-            *loss = negative_log_likelihood(row, tokens[position + 1]);
+            let row = logits.as_ref().row(i * 8 + r).unwrap_or(&[]);
+            *loss = negative_log_likelihood(row, piece.targets[i * 8 + r]);
         }
     });
     match losses.iter().position(|loss| !loss.is_finite()) {
         None => Ok(losses),
         Some(position) => {
-            Err(Error::Logits { place: format!("token {position} of window {window}") })
+            let (token, window) = (piece.start + position, piece.window);
+            Err(Error::Logits { place: format!("token {token} of window {window}") })
         }
     }
 }
