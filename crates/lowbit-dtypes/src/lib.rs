@@ -3,7 +3,7 @@
 //! | kind | what | where |
 //! |---|---|---|
 //! | floats | E4M3, E5M2, their FNUZ relatives, E3M4, E8M0, FP6, FP4: 8 bits and fewer | [`Format`], or a type each such as [`F8E4M3`] |
-//! | | `f16` and `bf16`, from `half`; TF32 | [`f16`], [`bf16`], [`tf32`] |
+//! | | `f16` and `bf16`, from `half`; TF32 | [`f16`](struct@f16), [`bf16`], [`tf32`] |
 //! | tables | NF4, AF4, IQ4_NL, bitsandbytes' FP4, your own 16 numbers | [`Table16`] |
 //! | integers | signed and unsigned, 1 to 16 bits | [`pack`], [`unpack`], [`NibbleOrder`] |
 //! | blocks | MXFP8, MXFP6, MXFP4, MXINT8; NVFP4 | [`Mx`], [`Nvfp4`] |
