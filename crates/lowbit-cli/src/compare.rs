@@ -45,7 +45,7 @@ pub(crate) struct Options {
 }
 
 /// How long to measure each of prefill and decode.
-const SPEED_TIME: Duration = Duration::from_millis(300);
+const SPEED_TIME: Duration = Duration::from_millis(200);
 
 /// One method's line of the table.
 #[derive(Clone, Debug, Serialize)]

@@ -2,7 +2,7 @@
 
 use std::{fs, ops::ControlFlow, path::PathBuf, sync::Arc};
 
-use lowbit::Context;
+use lowbit::{Calibration, Context, Method, PackedLinear};
 use lowbit_lm::{Checkpoint, KvCache, Model, Protocol, Sampling, Windows, eval, generate};
 use serde_json::Value;
 
@@ -197,4 +197,38 @@ fn stories3m_does_what_it_did_when_it_was_trained() {
     let got = eval::perplexity(&model, &w, &mut context(), |_| ()).unwrap();
     let expected = golden["eval_perplexity"].as_f64().unwrap();
     assert!((got.value / expected - 1.0).abs() < 1e-5, "{got:?}, expected {expected}");
+}
+
+/// The orders that reference figures show for both models, on a third of their text.
+#[test]
+fn quantized_models_rank_as_they_should() {
+    for model in ["stories260k", "babyllama361"] {
+        let (Some(folder), Some(file)) =
+            (shared(&format!("models/{model}")), shared(&format!("text/{STORIES}")))
+        else {
+            return;
+        };
+        let checkpoint = Checkpoint::open(folder).unwrap();
+        let protocol = Protocol { max_tokens: 10_000, ..per_story() };
+        let text = fs::read(file).unwrap();
+        let windows = Windows::from_text(&checkpoint, STORIES, &text, &protocol).unwrap();
+        let (dense, ctx) = (Model::load(&checkpoint).unwrap(), &mut context());
+        let baseline = eval::Baseline::new(&dense, &windows, ctx, |_| ()).unwrap();
+        let mut compare = |name: &str| {
+            let quantizer = Method::named(name).unwrap().quantizer;
+            let quantized = dense.with_linears(&checkpoint, |layer| {
+                let calibration = Calibration::new(layer.weight.cols());
+                let q = quantizer.quantize(layer.weight.as_ref(), &calibration)?;
+                Ok(Arc::new(PackedLinear::new(&q.with_bias(layer.bias)?)?))
+            });
+            baseline.compare(&quantized.unwrap(), ctx, |_| ()).unwrap()
+        };
+        for (name, bound) in [("int8", 0.001), ("w8a8", 0.002)] {
+            let gap = compare(name).perplexity.value / baseline.perplexity().value - 1.0;
+            assert!(gap.abs() < bound, "{model} {name}: {gap}");
+        }
+        let kl = ["int8", "int4-g32-zp", "int4-g32", "int4", "int3-g32", "int2-g32"]
+            .map(|name| compare(name).kl);
+        assert!(kl.is_sorted() && kl[0] < 0.001, "{model}: {kl:?}");
+    }
 }
