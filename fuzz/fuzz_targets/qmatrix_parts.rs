@@ -1,13 +1,12 @@
-//! Any bytes either make a matrix whose every accessor works, or an error.
+//! Bytes of the right length make a matrix whose every accessor works, others an error.
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;
-use lowbit::{Granularity, QMatrix, QuantScheme};
+use lowbit::{Granularity, Mat, QMatrix, QuantScheme};
 
-type Input<'a> = (u16, u16, u8, u8, u8, u8, &'a [u8], &'a [u8], Option<&'a [u8]>);
-
-fuzz_target!(|input: Input<'_>| {
-    let (rows, cols, bits, granularity, a, b, codes, scales, zeros) = input;
+fuzz_target!(|input: (u8, u8, u8, u8, u8, u8, bool, u8, &[u8])| {
+    let (rows, cols, bits, granularity, a, b, symmetric, wrong, data) = input;
+    let (rows, cols) = (usize::from(rows % 40), usize::from(cols % 40));
     let granularity = match granularity % 5 {
         0 => Granularity::PerTensor,
         1 => Granularity::PerChannel,
@@ -15,12 +14,17 @@ fuzz_target!(|input: Input<'_>| {
         3 => Granularity::PerGroup(a.into()),
         _ => Granularity::PerBlock(a.into(), b.into()),
     };
-    let scheme = match zeros {
-        None => QuantScheme::symmetric(bits, granularity),
-        Some(_) => QuantScheme::affine(bits, granularity),
+    let scheme = QuantScheme { symmetric, ..QuantScheme::affine(bits, granularity) };
+    // Quantizing zeros tells how long the buffers are; `wrong` makes one of them longer.
+    let Ok(model) = QMatrix::quantize(Mat::zeros(rows, cols).as_ref(), scheme) else { return };
+    let buffer = |len: usize, longer: bool| {
+        data.iter().copied().cycle().chain([0]).take(len + usize::from(longer)).collect::<Vec<u8>>()
     };
-    if let Ok(q) = QMatrix::from_parts(rows.into(), cols.into(), scheme, codes, scales, zeros) {
-        assert_eq!(q.dequantize().rows(), q.rows());
-        assert_eq!(q.bytes(), codes.len() + scales.len() + zeros.map_or(0, <[u8]>::len));
+    let codes = buffer(model.codes().len(), wrong == 1);
+    let scales = buffer(model.scales().len(), wrong == 2);
+    let zeros = model.zeros().map(|zeros| buffer(zeros.len(), wrong == 3));
+    if let Ok(q) = QMatrix::from_parts(rows, cols, scheme, codes, scales, zeros) {
+        assert_eq!(q.bytes(), model.bytes());
+        assert_eq!(q.dequantize().data().len(), rows * cols);
     }
 });

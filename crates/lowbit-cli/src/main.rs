@@ -1,6 +1,7 @@
 //! The `lowbit` command: compare, evaluate and run quantized language models.
 #![forbid(unsafe_code)]
 
+mod bench;
 mod compare;
 mod eval;
 mod generate;
@@ -31,6 +32,8 @@ enum Command {
     Eval(eval::Options),
     /// Continue a text
     Generate(generate::Options),
+    /// Measure what this machine does
+    Bench(bench::Options),
 }
 
 /// The threads to compute on.
@@ -70,6 +73,7 @@ fn main() -> ExitCode {
         Command::Compare(options) => compare::run(&options),
         Command::Eval(options) => eval::run(&options),
         Command::Generate(options) => generate::run(&options),
+        Command::Bench(options) => bench::run(&options),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,

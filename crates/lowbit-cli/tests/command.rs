@@ -141,7 +141,19 @@ fn generate_continues_the_prompt_the_same_way_for_the_same_seed() {
 }
 
 #[test]
+fn bench_convert_reports_a_rate_for_each_size() {
+    let output = lowbit(&["bench", "convert", "--to", "bf16", "--json"]);
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    let report: Value = serde_json::from_slice(&output.stdout).unwrap();
+    let rows = report["rows"].as_array().unwrap();
+    assert_eq!(rows.len(), 2);
+    assert_eq!((&rows[0]["from"], &rows[0]["to"]), (&Value::from("f32"), &Value::from("bf16")));
+    assert!(rows.iter().all(|row| row["gbps"].as_f64().unwrap() > 0.0));
+}
+
+#[test]
 fn requests_that_make_no_sense_are_refused() {
+    refuses(&["bench", "convert", "--to", "f9"], &["f9", "e4m3"]);
     refuses(&["compare", "--methods", "int8,int99"], &["int99", "int4-g32"]);
     refuses(&["compare", "--threads", "0"], &["threads", "0"]);
     refuses(&["compare", "--kernel", "abacus"], &["abacus", "scalar"]);
