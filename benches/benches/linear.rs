@@ -15,7 +15,7 @@ const K: usize = 2048;
 fn linear(c: &mut Criterion) {
     let mut noise = noise(1);
     let w = Mat::from_fn(N, K, |_, _| noise());
-    let dense = DenseLinear::new(w.clone(), None).expect("shapes fit");
+    let dense = DenseLinear::new(w.as_ref(), None).expect("shapes fit");
     let calibration = Calibration::new(K);
     for m in [1, 16, 256] {
         let x = Mat::from_fn(m, K, |_, _| noise());

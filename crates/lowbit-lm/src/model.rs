@@ -29,7 +29,7 @@ pub struct Model {
 /// What swapping linear layers leaves alone.
 struct Trunk {
     config: Config,
-    embedding: Arc<Mat<f32>>,
+    embedding: Mat<f32>,
     /// Before attention and before the MLP of each block.
     norms: Vec<[Vec<f32>; 2]>,
     norm: Vec<f32>,
@@ -207,7 +207,7 @@ impl Model {
 
         let mut x = Vec::with_capacity(m * hidden);
         for &token in tokens {
-            x.extend_from_slice(embedding.as_ref().as_ref().row(token as usize).unwrap_or(&[]));
+            x.extend_from_slice(embedding.as_ref().row(token as usize).unwrap_or(&[]));
         }
         let angles = (past..past + m).flat_map(|p| frequencies.iter().map(move |f| p as f32 * f));
         let (sin, cos): (Vec<f32>, Vec<f32>) = angles.map(f32::sin_cos).unzip();
@@ -248,13 +248,12 @@ impl std::fmt::Debug for Model {
 impl Trunk {
     fn load(checkpoint: &Checkpoint) -> Result<Self> {
         let config = checkpoint.config().clone();
-        let embedding = Arc::new(checkpoint.matrix(EMBEDDING)?);
+        let embedding = checkpoint.matrix(EMBEDDING)?;
         let head = match config.tie_word_embeddings {
-            true => embedding.clone(),
-            false => Arc::new(checkpoint.matrix(HEAD)?),
+            true => DenseLinear::new(embedding.as_ref(), None),
+            false => DenseLinear::new(checkpoint.matrix(HEAD)?.as_ref(), None),
         };
-        let layer = |cause| Error::Layer { layer: HEAD.into(), cause };
-        let head = DenseLinear::new(head, None).map_err(layer)?;
+        let head = head.map_err(|cause| Error::Layer { layer: HEAD.into(), cause })?;
         let norms = (0..config.num_hidden_layers)
             .map(|layer| {
                 let [attention, mlp] = block_norms(layer);
@@ -277,7 +276,7 @@ impl Trunk {
 }
 
 fn dense(weights: LinearWeights) -> lowbit::Result<Arc<dyn Linear>> {
-    Ok(Arc::new(DenseLinear::new(weights.weight, weights.bias)?))
+    Ok(Arc::new(DenseLinear::new(weights.weight.as_ref(), weights.bias)?))
 }
 
 fn blocks(

@@ -159,7 +159,7 @@ fn a_model_is_its_own_equal_and_a_spoiled_one_is_not() {
     let spoiled = model
         .with_linears(&checkpoint, |mut layer| {
             layer.weight.data_mut().iter_mut().step_by(3).for_each(|w| *w = 0.0);
-            Ok(Arc::new(DenseLinear::new(layer.weight, layer.bias)?))
+            Ok(Arc::new(DenseLinear::new(layer.weight.as_ref(), layer.bias)?))
         })
         .unwrap();
     let pool = Arc::new(rayon::ThreadPoolBuilder::new().num_threads(3).build().unwrap());

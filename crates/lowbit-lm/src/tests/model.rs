@@ -133,7 +133,7 @@ fn linear_layers_can_be_swapped_and_the_rest_is_shared() {
     let same = model
         .with_linears(&checkpoint, |layer| {
             names.push(layer.name);
-            Ok(Arc::new(DenseLinear::new(layer.weight, layer.bias)?))
+            Ok(Arc::new(DenseLinear::new(layer.weight.as_ref(), layer.bias)?))
         })
         .unwrap();
     assert_eq!(names, checkpoint.linear_names());
@@ -145,7 +145,7 @@ fn linear_layers_can_be_swapped_and_the_rest_is_shared() {
     let twice = model
         .with_linears(&checkpoint, |mut layer| {
             layer.weight.data_mut().iter_mut().for_each(|w| *w *= 2.0);
-            Ok(Arc::new(DenseLinear::new(layer.weight, layer.bias)?))
+            Ok(Arc::new(DenseLinear::new(layer.weight.as_ref(), layer.bias)?))
         })
         .unwrap();
     assert_ne!(forward(&twice, ctx), forward(&model, ctx));
@@ -156,12 +156,13 @@ fn errors_of_layers_carry_their_names() {
     let checkpoint = Tiny::new(json!({})).open().unwrap();
     let refused = Model::load_with(&checkpoint, |layer| match layer.name.contains("1.mlp.up") {
         true => Err(lowbit::Error::Bits { bits: 9 }),
-        false => Ok(Arc::new(DenseLinear::new(layer.weight, None)?)),
+        false => Ok(Arc::new(DenseLinear::new(layer.weight.as_ref(), None)?)),
     });
     let error = refused.unwrap_err().to_string();
     assert_eq!(error, "model.layers.1.mlp.up_proj: codes of 9 bits: expected 1 to 8");
 
-    let layer: Arc<dyn Linear> = Arc::new(DenseLinear::new(Mat::zeros(24, 24), None).unwrap());
+    let layer: Arc<dyn Linear> =
+        Arc::new(DenseLinear::new(Mat::zeros(24, 24).as_ref(), None).unwrap());
     let error = Model::load_with(&checkpoint, |_| Ok(layer.clone())).unwrap_err().to_string();
     assert_eq!(
         error,
