@@ -4,9 +4,10 @@ use crate::ops;
 
 /// Rows of `x` in a task; every task packs all weights for itself, so not too few.
 const ROWS: usize = 128;
-/// Products in a task when `x` has a single row, and the least columns of `y`.
-const PRODUCTS: usize = 1 << 16;
-const COLUMNS: usize = 128;
+/// Products in a task when `x` has a single row, and the least columns of `y`: gemm is slow on narrow
+/// pieces of a wide weight.
+const PRODUCTS: usize = 1 << 18;
+const COLUMNS: usize = 512;
 
 /// A linear layer in f32, multiplied by the `gemm` crate: what quantized layers are compared with.
 ///
