@@ -4,7 +4,7 @@
 use libfuzzer_sys::fuzz_target;
 use lowbit::{
     ActivationScheme, Context, Granularity, Linear, Mat, PackedLinear, QLinear, QMatrix,
-    QuantScheme, kernels,
+    QuantScheme, ZeroFormat, kernels,
 };
 
 fuzz_target!(|input: (u8, u8, u8, u8, u8, bool, &[u8])| {
@@ -13,12 +13,13 @@ fuzz_target!(|input: (u8, u8, u8, u8, u8, bool, &[u8])| {
     let value = |i: usize| data.get(i % data.len().max(1)).map_or(0.0, |&b| f32::from(b) - 128.0);
     let w = Mat::from_fn(n, k, |r, c| value(r * k + c));
     let x = Mat::from_fn(m, k, |r, c| value(r + c * 7));
+    let zero = if symmetric { ZeroFormat::Midpoint } else { ZeroFormat::Int };
     let scheme = QuantScheme {
-        symmetric,
+        zero,
         ..QuantScheme::affine(bits, Granularity::PerGroup(group_size.into()))
     };
     let Ok(q) = QMatrix::quantize(w.as_ref(), scheme) else { return };
-    let layer = QLinear::new(q).with_activation(Some(ActivationScheme::Int8PerToken));
+    let layer = QLinear::new(q).with_activation(Some(ActivationScheme::INT8_PER_TOKEN));
     let mut expected = Mat::zeros(m, n);
     layer.forward(x.as_ref(), expected.as_mut(), &mut Context::new()).unwrap();
     for kernel in kernels() {

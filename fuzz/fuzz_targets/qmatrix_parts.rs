@@ -2,10 +2,10 @@
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;
-use lowbit::{Granularity, Mat, QMatrix, QuantScheme};
+use lowbit::{Granularity, Mat, QMatrix, QuantScheme, ScaleFormat, ZeroFormat};
 
-fuzz_target!(|input: (u8, u8, u8, u8, u8, u8, bool, u8, &[u8])| {
-    let (rows, cols, bits, granularity, a, b, symmetric, wrong, data) = input;
+fuzz_target!(|input: (u8, u8, u8, u8, u8, u8, u8, u8, &[u8])| {
+    let (rows, cols, bits, granularity, a, b, zero, wrong, data) = input;
     let (rows, cols) = (usize::from(rows % 40), usize::from(cols % 40));
     let granularity = match granularity % 5 {
         0 => Granularity::PerTensor,
@@ -14,7 +14,13 @@ fuzz_target!(|input: (u8, u8, u8, u8, u8, u8, bool, u8, &[u8])| {
         3 => Granularity::PerGroup(a.into()),
         _ => Granularity::PerBlock(a.into(), b.into()),
     };
-    let scheme = QuantScheme { symmetric, ..QuantScheme::affine(bits, granularity) };
+    let zero = match zero % 4 {
+        0 => ZeroFormat::Midpoint,
+        1 => ZeroFormat::Int,
+        2 => ZeroFormat::Real(ScaleFormat::F16),
+        _ => ZeroFormat::Offset(ScaleFormat::F32),
+    };
+    let scheme = QuantScheme { zero, ..QuantScheme::affine(bits, granularity) };
     // Quantizing zeros tells how long the buffers are; `wrong` makes one of them longer.
     let Ok(model) = QMatrix::quantize(Mat::zeros(rows, cols).as_ref(), scheme) else { return };
     let buffer = |len: usize, longer: bool| {

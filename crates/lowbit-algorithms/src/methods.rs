@@ -58,7 +58,7 @@ pub const METHODS: &[Method] = &[
 ];
 
 const W8A8: Rtn =
-    Rtn { activation: Some(ActivationScheme::Int8PerToken), ..symmetric(8, PerChannel) };
+    Rtn { activation: Some(ActivationScheme::INT8_PER_TOKEN), ..symmetric(8, PerChannel) };
 
 const fn symmetric(bits: u8, granularity: lowbit_core::Granularity) -> Rtn {
     Rtn::new(QuantScheme::symmetric(bits, granularity))

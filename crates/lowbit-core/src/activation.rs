@@ -1,19 +1,303 @@
-use crate::{Error, Result, qmatrix::round};
+use alloc::format;
+
+use lowbit_dtypes::{Format, Overflow};
+
+use crate::{Error, Mat, MatRef, Params, Result, range::ordered, rounding::nearest_even};
 
 /// How a layer's input is quantized before the product. The default, `None` in
 /// [`QLinear`](crate::QLinear), keeps it in f32.
+///
+/// # Example
+/// ```
+/// use lowbit_core::{ActivationScales, ActivationScheme, ActivationType};
+///
+/// let dynamic = ActivationScheme::INT8_PER_TOKEN;
+/// let (scale, zero_point) = ActivationType::UInt8.params((-1.0, 3.0))?;
+/// let calibrated = ActivationScheme {
+///     dtype: ActivationType::UInt8,
+///     scales: ActivationScales::Static { scale, zero_point },
+/// };
+/// assert_eq!(zero_point, 64);
+/// # let _ = (dynamic, calibrated);
+/// # Ok::<(), lowbit_core::Error>(())
+/// ```
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct ActivationScheme {
+    /// What a code means.
+    pub dtype: ActivationType,
+    /// Who shares a scale, and when it is computed.
+    pub scales: ActivationScales,
+}
+
+/// What a code of an activation means.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
-pub enum ActivationScheme {
-    /// Symmetric int8, one scale for each row (token), computed when the row arrives:
-    /// see [`quantize_row_int8`].
-    Int8PerToken,
+pub enum ActivationType {
+    /// −127..=127, no zero-point: see [`quantize_row_int8`].
+    Int8,
+    /// 0..=255 with a zero-point: see [`quantize_row_uint8`].
+    UInt8,
+    /// −32767..=32767, no zero-point.
+    Int16,
+    /// A float of 8 bits or fewer, such as [`Format::F8E4M3`].
+    Float(Format),
+}
+
+/// Who shares a scale (and a zero-point), and when it is computed.
+#[derive(Clone, Copy, Debug, PartialEq)]
+#[non_exhaustive]
+pub enum ActivationScales {
+    /// Each row (token), when it arrives.
+    PerToken,
+    /// So many consecutive features of a row, when it arrives; the last group may be shorter.
+    PerTokenGroup(usize),
+    /// All rows of a batch, when it arrives. Results then depend on what else is in the batch.
+    PerTensor,
+    /// Everything, fixed beforehand from calibration; what lies beyond saturates. Only
+    /// [`ActivationType::UInt8`] has a zero-point, elsewhere it is 0.
+    Static {
+        /// The step.
+        scale: f32,
+        /// The code of real 0.
+        zero_point: u8,
+    },
+}
+
+impl ActivationType {
+    /// The largest level.
+    const fn reach(self) -> f32 {
+        match self {
+            Self::Int8 => 127.0,
+            Self::UInt8 => 255.0,
+            Self::Int16 => 32767.0,
+            Self::Float(format) => format.max(),
+        }
+    }
+
+    /// Scale and zero-point for numbers in `lo..=hi`, extended to contain 0.
+    ///
+    /// Without a zero-point `scale = max(|lo|, |hi|) / reach`, where reach is 127, 32767 or the
+    /// format's largest number. Otherwise `scale = (hi − lo) / 255`, `zero_point = round(−lo /
+    /// scale)`. `(0, 0)` gives scale 1.
+    ///
+    /// # Errors
+    /// [`Error::Parameter`] if an end is no finite number or `lo > hi`.
+    pub fn params(self, (lo, hi): (f32, f32)) -> Result<(f32, u8)> {
+        if !(lo.is_finite() && hi.is_finite() && lo <= hi) {
+            let value = f64::from(if lo.is_finite() { hi } else { lo });
+            let expected = "two finite numbers, the smaller one first";
+            return Err(Error::Parameter { what: "end of a range", value, expected });
+        }
+        let (lo, hi) = (lo.min(0.0), hi.max(0.0));
+        let span = match self {
+            Self::UInt8 if (hi - lo).is_finite() => hi - lo,
+            // Only beyond half of f32's reach: then the range is made a little smaller.
+            Self::UInt8 => f32::MAX,
+            _ => hi.max(-lo),
+        };
+        let scale = match span / self.reach() {
+            0.0 => 1.0,
+            scale => scale,
+        };
+        let zero_point = match self {
+            Self::UInt8 => nearest_even((-lo / scale).min(255.0)) as u8,
+            _ => 0,
+        };
+        Ok((scale, zero_point))
+    }
+}
+
+impl ActivationScheme {
+    /// Symmetric int8, one scale for each token.
+    pub const INT8_PER_TOKEN: Self =
+        Self { dtype: ActivationType::Int8, scales: ActivationScales::PerToken };
+
+    /// Rejects what has no meaning.
+    pub(crate) fn check(self) -> Result<()> {
+        match self.scales {
+            ActivationScales::PerTokenGroup(0) => Err(Error::EmptyBlock { rows: 1, cols: 0 }),
+            ActivationScales::Static { scale, .. } if !(scale > 0.0 && scale.is_finite()) => {
+                let value = f64::from(scale);
+                Err(Error::Parameter { what: "static scale", value, expected: "more than 0" })
+            }
+            ActivationScales::Static { zero_point, .. }
+                if zero_point != 0 && self.dtype != ActivationType::UInt8 =>
+            {
+                let what = format!("{:?} with zero-point {zero_point}", self.dtype);
+                Err(Error::Unsupported { by: "a symmetric activation scheme", what })
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// Features that share a scale in a row of `k`.
+    fn group_size(self, k: usize) -> usize {
+        match self.scales {
+            ActivationScales::PerTokenGroup(group_size) => group_size.min(k).max(1),
+            _ => k.max(1),
+        }
+    }
+}
+
+/// Activations, quantized: the reference for what kernels do on the way in.
+///
+/// `x[r][c] ≈ scale · (level(code[r][c]) − zero)` with the [`Params`] of the token and group.
+///
+/// # Example
+/// ```
+/// use lowbit_core::{ActivationScheme, Mat, QActivations};
+///
+/// let x = Mat::new(vec![0.5, -1.27, 0.004, 0.0, 0.0, 0.0], 2, 3)?;
+/// let q = QActivations::quantize(x.as_ref(), ActivationScheme::INT8_PER_TOKEN)?;
+/// assert_eq!(q.row(0), Some(&[50, -127, 0][..]));
+/// assert_eq!(q.params(0, 0).scale, 0.01);
+/// # Ok::<(), lowbit_core::Error>(())
+/// ```
+#[derive(Clone, Debug, PartialEq)]
+pub struct QActivations {
+    scheme: ActivationScheme,
+    codes: Mat<i16>,
+    params: Mat<Params>,
+}
+
+impl QActivations {
+    /// Quantizes the rows of `x`.
+    ///
+    /// # Errors
+    /// [`Error::NotFinite`] at the first NaN or infinity; for a scheme without meaning,
+    /// [`Error::EmptyBlock`], [`Error::Parameter`] or [`Error::Unsupported`].
+    pub fn quantize(x: MatRef<'_, f32>, scheme: ActivationScheme) -> Result<Self> {
+        scheme.check()?;
+        let (m, k) = x.shape();
+        let group_size = scheme.group_size(k);
+        let mut codes = Mat::zeros(m, k);
+        let mut params = Mat::zeros(m, k.div_ceil(group_size));
+        let mut all = ordered::NONE;
+        for (row, x) in x.iter_rows().enumerate() {
+            let range = ordered::extremes(x);
+            if !ordered::is_finite(range) && !x.is_empty() {
+                return Err(not_finite(x).at_row(row));
+            }
+            all = ordered::join(all, range);
+        }
+        let of_range = |range: (i32, i32)| scheme.dtype.params(ordered::values(range));
+        let whole = match scheme.scales {
+            ActivationScales::Static { scale, zero_point } => Some((scale, zero_point)),
+            ActivationScales::PerTensor if m > 0 && k > 0 => Some(of_range(all)?),
+            _ => None,
+        };
+        let (mut code_rows, mut param_rows) = (codes.as_mut(), params.as_mut());
+        let rows = x.iter_rows().zip(code_rows.iter_rows_mut()).zip(param_rows.iter_rows_mut());
+        for ((x, codes), params) in rows {
+            let groups = x.chunks(group_size).zip(codes.chunks_mut(group_size));
+            for ((x, codes), params) in groups.zip(params) {
+                let (scale, zero) = match whole {
+                    Some(params) => params,
+                    None => of_range(ordered::extremes(x))?,
+                };
+                for (&x, code) in x.iter().zip(codes) {
+                    *code = encode(scheme.dtype, x, scale, zero);
+                }
+                *params = Params { scale, zero: f32::from(zero), offset: 0.0 };
+            }
+        }
+        Ok(Self { scheme, codes, params })
+    }
+
+    /// How they are quantized.
+    pub fn scheme(&self) -> ActivationScheme {
+        self.scheme
+    }
+
+    /// Rows (tokens) and columns (in_features).
+    pub fn shape(&self) -> (usize, usize) {
+        self.codes.as_ref().shape()
+    }
+
+    /// The codes of row `r`: integers, or the bits of the floats; `None` behind the last row.
+    pub fn row(&self, r: usize) -> Option<&[i16]> {
+        self.codes.as_ref().row(r)
+    }
+
+    /// Features that share a scale within a row.
+    pub fn group_size(&self) -> usize {
+        self.scheme.group_size(self.shape().1)
+    }
+
+    /// Scale and zero-point of a group of row `r`; scale 0 outside.
+    pub fn params(&self, r: usize, group: usize) -> Params {
+        self.params.as_ref().get(r, group).copied().unwrap_or_default()
+    }
+
+    /// `Σ code` over each `group_size` features of every row, which the zero-points of weights are
+    /// multiplied by: `Σ (q − z)·a = Σ q·a − z·Σ a`.
+    ///
+    /// # Errors
+    /// [`Error::EmptyBlock`] if `group_size` is 0.
+    pub fn sums(&self, group_size: usize) -> Result<Mat<i32>> {
+        if group_size == 0 {
+            return Err(Error::EmptyBlock { rows: 1, cols: 0 });
+        }
+        let (m, k) = self.shape();
+        let mut sums = Mat::zeros(m, k.div_ceil(group_size));
+        let mut rows = sums.as_mut();
+        for (codes, sums) in self.codes.as_ref().iter_rows().zip(rows.iter_rows_mut()) {
+            group_sums(codes, group_size, sums);
+        }
+        Ok(sums)
+    }
+
+    /// Are codes integers, zero-points included?
+    pub(crate) fn is_integer(&self) -> bool {
+        !matches!(self.scheme.dtype, ActivationType::Float(_))
+    }
+
+    /// The numbers that are computed with.
+    pub fn dequantize(&self) -> Mat<f32> {
+        let ((m, k), group_size) = (self.shape(), self.group_size());
+        Mat::from_fn(m, k, |r, c| {
+            let code = self.codes.as_ref().get(r, c).copied().unwrap_or_default();
+            let params = self.params(r, c / group_size);
+            params.scale * (level(self.scheme.dtype, code) - params.zero)
+        })
+    }
+}
+
+/// The number that a code stands for before scale and zero-point.
+fn level(dtype: ActivationType, code: i16) -> f32 {
+    match dtype {
+        ActivationType::Float(format) => format.decode(code as u8),
+        _ => f32::from(code),
+    }
+}
+
+#[inline(always)]
+fn encode(dtype: ActivationType, x: f32, scale: f32, zero: u8) -> i16 {
+    // |x / scale| is at most the reach, or twice that where the scale is subnormal and was rounded
+    // down; anything beyond a static range. Clamped first: rounding wants small numbers.
+    let steps = (x / scale).clamp(-65536.0, 65536.0);
+    match dtype {
+        ActivationType::Int8 => nearest_even(steps).clamp(-127.0, 127.0) as i16,
+        ActivationType::UInt8 => (nearest_even(steps) + f32::from(zero)).clamp(0.0, 255.0) as i16,
+        ActivationType::Int16 => nearest_even(steps).clamp(-32767.0, 32767.0) as i16,
+        ActivationType::Float(format) => i16::from(format.encode(x / scale, Overflow::Saturate)),
+    }
+}
+
+fn not_finite(x: &[f32]) -> Error {
+    let col = x.iter().position(|x| !x.is_finite()).unwrap_or(0);
+    Error::NotFinite { what: "activation", row: 0, col }
+}
+
+fn same_length(what: &'static str, expected: usize, got: usize) -> Result<()> {
+    if expected == got { Ok(()) } else { Err(Error::Length { what, expected, got }) }
 }
 
 /// Quantizes one row of activations to int8: `scale = max|x| / 127`, `code = round(x / scale)`,
 /// ties to even. Codes lie in −127..=127. A row of zeros gets scale 1.
 ///
-/// Returns the scale.
+/// Returns the scale. This is [`ActivationScheme::INT8_PER_TOKEN`] for kernels: it is inlined, and
+/// so compiled for the instructions that its caller is compiled for.
 ///
 /// # Errors
 /// [`Error::Length`] if `codes` is not as long as `x`; [`Error::NotFinite`] (row 0) at the first
@@ -26,17 +310,14 @@ pub enum ActivationScheme {
 /// assert_eq!((codes, scale), ([50, -127, 0], 0.01));
 /// # Ok::<(), lowbit_core::Error>(())
 /// ```
-#[inline(always)] // so that a caller compiled for a newer CPU gets this loop compiled for it too
+#[inline(always)]
 pub fn quantize_row_int8(x: &[f32], codes: &mut [i8]) -> Result<f32> {
-    if x.len() != codes.len() {
-        return Err(Error::Length { what: "int8 codes", expected: x.len(), got: codes.len() });
-    }
+    same_length("int8 codes", x.len(), codes.len())?;
     // As integers the absolute values keep their order, and NaN is larger than infinity: the
     // maximum finds both, and the loop vectorizes.
     let max = x.iter().fold(0, |max, x| max.max(x.to_bits() & 0x7fff_ffff));
     if max >= f32::INFINITY.to_bits() {
-        let col = x.iter().position(|x| !x.is_finite()).unwrap_or(0);
-        return Err(Error::NotFinite { what: "activation", row: 0, col });
+        return Err(not_finite(x));
     }
     let scale = match f32::from_bits(max) / 127.0 {
         0.0 => 1.0,
@@ -44,7 +325,59 @@ pub fn quantize_row_int8(x: &[f32], codes: &mut [i8]) -> Result<f32> {
     };
     for (&x, code) in x.iter().zip(codes) {
         // |x / scale| <= 127.00002, or up to 254 where the scale is subnormal and was rounded down
-        *code = round(x / scale).clamp(-127.0, 127.0) as i8;
+        *code = nearest_even(x / scale).clamp(-127.0, 127.0) as i8;
     }
     Ok(scale)
+}
+
+/// Quantizes one row of activations to uint8: `scale = (hi − lo) / 255` over a range that contains
+/// 0, `zero_point = round(−lo / scale)`, `code = clamp(round(x / scale) + zero_point, 0, 255)`; all
+/// ties to even, as ONNX's `DynamicQuantizeLinear`. A row of zeros gets scale 1.
+///
+/// Returns scale and zero-point. As [`quantize_row_int8`], it is inlined.
+///
+/// # Errors
+/// As [`quantize_row_int8`].
+///
+/// # Example
+/// ```
+/// let mut codes = [0; 3];
+/// let (scale, zero_point) = lowbit_core::quantize_row_uint8(&[-1.0, 0.0, 1.55], &mut codes)?;
+/// assert_eq!((codes, zero_point), ([0, 100, 255], 100));
+/// # Ok::<(), lowbit_core::Error>(())
+/// ```
+#[inline(always)]
+pub fn quantize_row_uint8(x: &[f32], codes: &mut [u8]) -> Result<(f32, u8)> {
+    same_length("uint8 codes", x.len(), codes.len())?;
+    if x.is_empty() {
+        return Ok((1.0, 0));
+    }
+    let range = ordered::extremes(x);
+    if !ordered::is_finite(range) {
+        return Err(not_finite(x));
+    }
+    let (scale, zero_point) = ActivationType::UInt8.params(ordered::values(range))?;
+    for (&x, code) in x.iter().zip(codes) {
+        let steps = nearest_even((x / scale).clamp(-512.0, 512.0));
+        *code = (steps + f32::from(zero_point)).clamp(0.0, 255.0) as u8;
+    }
+    Ok((scale, zero_point))
+}
+
+/// `Σ codes` of each `group_size` codes of a row, as far as there is room in `sums`.
+///
+/// Exact for rows of fewer than 2^16 codes of 16 bits, or 2^23 of 8 bits. As
+/// [`quantize_row_int8`], it is inlined.
+///
+/// # Example
+/// ```
+/// let mut sums = [0; 2];
+/// lowbit_core::group_sums(&[1_i8, 2, 3, -4, 5], 3, &mut sums);
+/// assert_eq!(sums, [6, 1]);
+/// ```
+#[inline(always)]
+pub fn group_sums<C: Copy + Into<i32>>(codes: &[C], group_size: usize, sums: &mut [i32]) {
+    for (codes, sum) in codes.chunks(group_size.max(1)).zip(sums) {
+        *sum = codes.iter().fold(0, |sum: i32, &code| sum.wrapping_add(code.into()));
+    }
 }

@@ -75,6 +75,28 @@ pub enum Error {
         /// Column of the first such value.
         col: usize,
     },
+    /// Nothing to take statistics of.
+    #[error("{what}: expected at least one element, got none")]
+    Empty {
+        /// What has no elements.
+        what: &'static str,
+    },
+    /// A percentile outside (0, 100].
+    #[error("percentile {percent}: expected more than 0, at most 100")]
+    Percentile {
+        /// The percentile asked for.
+        percent: f64,
+    },
+    /// A number outside the range in which it has a meaning.
+    #[error("{what} is {value}: expected {expected}")]
+    Parameter {
+        /// Which parameter.
+        what: &'static str,
+        /// Its value.
+        value: f64,
+        /// The values that have a meaning.
+        expected: &'static str,
+    },
     /// A scale beyond the largest number of its format, or one whose outermost level is beyond f32.
     #[error(
         "scale {scale:e} of the block at row {row}, column {col} overflows {format:?}; choose a wider scale format"

@@ -2,7 +2,7 @@
 //! slow reference arithmetic that every fast kernel is tested against.
 //!
 //! ```text
-//! numbers   real = scale · (code − zero)
+//! numbers   real = scale · (code − zero) + offset
 //! layers    y    = Q·x + bias
 //! letters   m tokens, n out_features, k in_features, g group_size; every matrix row-major
 //! ```
@@ -30,18 +30,28 @@ extern crate alloc;
 mod activation;
 mod context;
 mod error;
+mod fit;
 mod linear;
 mod mat;
 mod qmatrix;
+mod quantize;
+pub mod range;
+mod rounding;
 mod scheme;
+mod simd;
 
-pub use activation::{ActivationScheme, quantize_row_int8};
+pub use activation::{
+    ActivationScales, ActivationScheme, ActivationType, QActivations, group_sums,
+    quantize_row_int8, quantize_row_uint8,
+};
 pub use context::Context;
 pub use error::Error;
+pub use fit::{Division, Fit, Range, SymmetricScale, presets};
 pub use linear::{Linear, QLinear, check_shapes};
 pub use mat::{Mat, MatMut, MatRef};
 pub use qmatrix::QMatrix;
-pub use scheme::{Granularity, QuantScheme, QuantType, ScaleFormat};
+pub use rounding::Rounding;
+pub use scheme::{Granularity, Params, QuantScheme, QuantType, ScaleFormat, ZeroFormat};
 
 /// A result whose error is [`enum@Error`].
 pub type Result<T, E = Error> = core::result::Result<T, E>;

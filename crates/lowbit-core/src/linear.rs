@@ -1,6 +1,9 @@
 use alloc::{vec, vec::Vec};
 
-use crate::{ActivationScheme, Context, Error, MatMut, MatRef, QMatrix, Result, quantize_row_int8};
+use crate::{
+    ActivationScales, ActivationScheme, Context, Error, MatMut, MatRef, QActivations, QMatrix,
+    Result, ZeroFormat,
+};
 
 /// A linear layer `y = x·Wᵀ + bias`, whatever its weights are made of.
 ///
@@ -108,14 +111,19 @@ impl<S: AsRef<[u8]>> QLinear<S> {
     }
 }
 
-/// The reference. With weight groups `G` along a row, each with its scale and zero:
+/// The reference.
 ///
 /// * f32 activations: `y = Σ_j w_j·x_j + bias` over the dequantized weights, summed in f64 and
-///   rounded once;
-/// * [`ActivationScheme::Int8PerToken`]: with `x ≈ s·a`,
-///   `y = (Σ_G scale_G · Σ_{j∈G} (code_j − zero_G)·a_j) · s + bias`. The inner sums are exact
-///   integers; the outer one goes from left to right in f32, every product and sum rounded on its
-///   own (no fused multiply-add). Kernels reproduce it bit for bit.
+///   rounded once.
+/// * Integer activations and weights with integer zeros: let `G` be the runs of features within
+///   which neither the weight's nor the activation's scale changes. Then
+///   `y = (Σ_G Σ_{j∈G} (code_j − zero_G)·(a_j − z_G) · scale_G) · s + bias`, where `s` is the scale
+///   of the token; with a scale for each group of a token, every term of the outer sum is multiplied
+///   by it instead. The inner sums are exact integers; the outer one goes from left to right in
+///   f32, every product and sum rounded on its own (no fused multiply-add). Kernels reproduce it bit
+///   for bit.
+/// * Other activations (floats), or weights with real zeros or offsets: as f32 activations, over
+///   the dequantized activations.
 impl<S: AsRef<[u8]> + Send + Sync> Linear for QLinear<S> {
     fn in_features(&self) -> usize {
         self.weight.cols()
@@ -130,47 +138,59 @@ impl<S: AsRef<[u8]> + Send + Sync> Linear for QLinear<S> {
         if x.rows() == 0 || self.out_features() == 0 {
             return Ok(());
         }
-        let (block_rows, block_cols) = self.weight.block();
-        let k = self.in_features();
-        let mut a = vec![0_i8; k];
-        let mut scales = vec![0.0; x.rows()];
-        if self.activation.is_some() {
-            for (row, (x, scale)) in x.iter_rows().zip(&mut scales).enumerate() {
-                *scale = quantize_row_int8(x, &mut a).map_err(|e| e.at_row(row))?;
+        let a = self.activation.map(|scheme| QActivations::quantize(x, scheme)).transpose()?;
+        match a {
+            None => self.forward_f64(x, &mut y),
+            Some(a) if a.is_integer() && self.has_integer_zeros() => {
+                self.forward_integers(&a, &mut y)?;
+            }
+            Some(a) => self.forward_f64(a.dequantize().as_ref(), &mut y),
+        }
+        Ok(())
+    }
+}
+
+impl<S: AsRef<[u8]>> QLinear<S> {
+    fn has_integer_zeros(&self) -> bool {
+        matches!(self.weight.scheme().zero, ZeroFormat::Midpoint | ZeroFormat::Int)
+    }
+
+    fn forward_f64(&self, x: MatRef<'_, f32>, y: &mut MatMut<'_, f32>) {
+        let w = self.weight.dequantize();
+        for (x, y) in x.iter_rows().zip(y.iter_rows_mut()) {
+            for (i, (w, y)) in w.as_ref().iter_rows().zip(y).enumerate() {
+                let dot: f64 = w.iter().zip(x).map(|(&w, &x)| f64::from(w) * f64::from(x)).sum();
+                *y = self.bias.as_ref().map_or(dot, |b| dot + f64::from(b[i])) as f32;
             }
         }
-        let w = self.weight.dequantize();
+    }
+
+    fn forward_integers(&self, a: &QActivations, y: &mut MatMut<'_, f32>) -> Result<()> {
+        let (block_rows, weight_group) = self.weight.block();
+        let activation_group = a.group_size();
+        let grouped = matches!(a.scheme().scales, ActivationScales::PerTokenGroup(_));
+        let k = self.weight.cols();
         let mut codes = vec![0; k];
-        for (row, (x, y)) in x.iter_rows().zip(y.iter_rows_mut()).enumerate() {
-            if self.activation.is_some() {
-                quantize_row_int8(x, &mut a)?;
-            }
-            for (i, y) in y.iter_mut().enumerate() {
-                let bias = self.bias.as_ref().map(|b| b[i]);
-                *y = match self.activation {
-                    None => {
-                        let w = w.as_ref().row(i).unwrap_or(&[]);
-                        let dot = w.iter().zip(x).map(|(&w, &x)| f64::from(w) * f64::from(x));
-                        let dot: f64 = dot.sum();
-                        bias.map_or(dot, |b| dot + f64::from(b)) as f32
-                    }
-                    Some(ActivationScheme::Int8PerToken) => {
-                        self.weight.unpack_row(i, &mut codes)?;
-                        let mut sum = 0.0_f32;
-                        let groups = codes.chunks(block_cols).zip(a.chunks(block_cols));
-                        for (g, (codes, a)) in groups.enumerate() {
-                            let (scale, zero) = self.weight.params(i / block_rows, g);
-                            let dot: i64 = (codes.iter().zip(a))
-                                .map(|(&code, &a)| {
-                                    (i64::from(code) - i64::from(zero)) * i64::from(a)
-                                })
-                                .sum();
-                            sum += dot as f32 * scale;
-                        }
-                        let product = sum * scales[row];
-                        bias.map_or(product, |b| product + b)
-                    }
-                };
+        for i in 0..self.weight.rows() {
+            self.weight.unpack_row(i, &mut codes)?;
+            for (row, y) in y.iter_rows_mut().enumerate() {
+                let a_codes = a.row(row).unwrap_or(&[]);
+                let mut sum = 0.0_f32;
+                let mut start = 0;
+                while start < k {
+                    let (wg, ag) = (start / weight_group, start / activation_group);
+                    let end = k.min((wg + 1) * weight_group).min((ag + 1) * activation_group);
+                    let (w, a) = (self.weight.params(i / block_rows, wg), a.params(row, ag));
+                    let (w_zero, a_zero) = (w.zero as i64, a.zero as i64);
+                    let dot: i64 = (codes[start..end].iter().zip(&a_codes[start..end]))
+                        .map(|(&code, &a)| (i64::from(code) - w_zero) * (i64::from(a) - a_zero))
+                        .sum();
+                    let term = dot as f32 * w.scale;
+                    sum += if grouped { term * a.scale } else { term };
+                    start = end;
+                }
+                let product = if grouped { sum } else { sum * a.params(row, 0).scale };
+                y[i] = self.bias.as_ref().map_or(product, |b| product + b[i]);
             }
         }
         Ok(())

@@ -1,13 +1,13 @@
 use alloc::{vec, vec::Vec};
 
-use lowbit_dtypes::{pack, packed_len, unpack};
+use lowbit_dtypes::{packed_len, unpack};
 
-use crate::{Error, Mat, MatRef, QuantScheme, Result};
+use crate::{Error, Mat, Params, QuantScheme, Result, ZeroFormat};
 
 /// A quantized `(out_features, in_features)` weight matrix: bit-packed codes, scales and zeros.
 ///
-/// `w[r][c] ≈ scale · (code[r][c] − zero)`, where scale and zero are those of the block that
-/// `(r, c)` lies in ([`Granularity`](crate::Granularity)).
+/// `w[r][c] ≈ scale · (code[r][c] − zero) + offset`, with the [`Params`] of the block that `(r, c)`
+/// lies in ([`Granularity`](crate::Granularity)).
 ///
 /// All three buffers are plain bytes, so that a matrix can be borrowed from a file as well as
 /// owned (`S = Vec<u8>`):
@@ -16,7 +16,7 @@ use crate::{Error, Mat, MatRef, QuantScheme, Result};
 /// |---|---|---|
 /// | codes | `n × k` unsigned integers of `bits` bits | row-major, LSB first, each row padded to whole bytes |
 /// | scales | one per block, [`ScaleFormat`](crate::ScaleFormat), little-endian | row-major over the grid of blocks |
-/// | zeros | one code per block, absent if symmetric | as codes, over the grid of blocks |
+/// | zeros | one per block, absent if symmetric | [`ZeroFormat::Int`]: as codes, over the grid of blocks; real: as scales |
 ///
 /// # Example
 /// ```
@@ -39,122 +39,14 @@ pub struct QMatrix<S = Vec<u8>> {
     zeros: Option<S>,
 }
 
-impl QMatrix {
-    /// Rounds every weight to the nearest level of its block (round to nearest, RTN).
-    ///
-    /// With `b` bits and a block's weights `w`:
-    ///
-    /// * symmetric: `scale = max|w| / ((2^b − 1) / 2)` and `zero = 2^(b − 1)`; all `2^b` codes are
-    ///   used, and `+max|w|` lies half a step above the highest level;
-    /// * affine: `scale = (hi − lo) / (2^b − 1)` and `zero = round(−lo / scale)`, where
-    ///   `lo = min(w, 0)` and `hi = max(w, 0)`: the range always contains 0, which is exact;
-    /// * a block of zeros gets scale 1 and codes equal to its zero.
-    ///
-    /// With 1 bit there are only 0 and one other level: too few for a block of both signs.
-    ///
-    /// The scale is rounded to the scheme's [`ScaleFormat`](crate::ScaleFormat) first; then
-    /// `code = clamp(round(w / scale) + zero, 0, 2^b − 1)`. All rounding is to nearest, ties to
-    /// even. (Jacob et al., arXiv:1712.05877, section 2.1, with the range extended to 0.)
-    ///
-    /// # Errors
-    /// [`Error::Bits`] and [`Error::EmptyBlock`] for an impossible scheme, [`Error::NotFinite`] at
-    /// the first NaN or infinity, [`Error::ScaleOverflow`] if a scale does not fit its format.
-    pub fn quantize(w: MatRef<'_, f32>, scheme: QuantScheme) -> Result<Self> {
-        scheme.check()?;
-        let (n, k) = w.shape();
-        let layout = Layout::new(n, k, scheme)?;
-        if n == 0 || k == 0 {
-            let zeros = (!scheme.symmetric).then(Vec::new);
-            return Self::from_parts(n, k, scheme, Vec::new(), Vec::new(), zeros);
-        }
-        for (row, values) in w.iter_rows().enumerate() {
-            if let Some(col) = values.iter().position(|x| !x.is_finite()) {
-                return Err(Error::NotFinite { what: "weight", row, col });
-            }
-        }
-        let bits = u32::from(scheme.dtype.bits());
-        let max_code = f32::from(scheme.dtype.max_code());
-        let mut codes = vec![0; layout.codes];
-        let mut scales = vec![0; layout.scales];
-        let mut zeros = vec![0; layout.zeros];
-        let mut row_codes = vec![0; k];
-        let mut row_zeros = vec![0; layout.grid.1];
-        let mut ranges = Vec::new();
-        for first in (0..n).step_by(layout.block.0) {
-            let rows = first..n.min(first + layout.block.0);
-            let block_row = first / layout.block.0;
-
-            ranges.clear();
-            ranges.resize(layout.grid.1, (0.0_f32, 0.0_f32));
-            for r in rows.clone() {
-                let row = w.row(r).unwrap_or(&[]);
-                for (values, (lo, hi)) in row.chunks(layout.block.1).zip(&mut ranges) {
-                    (*lo, *hi) =
-                        values.iter().fold((*lo, *hi), |(lo, hi), &x| (lo.min(x), hi.max(x)));
-                }
-            }
-
-            // From here on a block's pair is (scale, zero).
-            for (b, range) in ranges.iter_mut().enumerate() {
-                let (lo, hi) = *range;
-                let exact = if scheme.symmetric {
-                    hi.max(-lo) / (max_code / 2.0)
-                } else {
-                    hi / max_code - lo / max_code
-                };
-                let scale = match exact {
-                    0.0 if lo == 0.0 && hi == 0.0 => 1.0,
-                    _ => scheme.scale_format.round(exact.max(f32::from_bits(1))),
-                };
-                let zero = if scheme.symmetric {
-                    f32::from(scheme.midpoint())
-                } else {
-                    round((-lo / scale).min(max_code))
-                };
-                // Both ends of the range must be numbers: the lowest level is −zero · scale.
-                if !(scale * zero.max(max_code - zero)).is_finite() {
-                    let (row, col) = (first, b * layout.block.1);
-                    let format = scheme.scale_format;
-                    return Err(Error::ScaleOverflow { scale: exact, format, row, col });
-                }
-                let at = (block_row * layout.grid.1 + b) * scheme.scale_format.bytes();
-                scheme.scale_format.write(scale, &mut scales[at..at + scheme.scale_format.bytes()]);
-                *range = (scale, zero);
-            }
-            if !scheme.symmetric {
-                for (z, range) in row_zeros.iter_mut().zip(&ranges) {
-                    *z = range.1 as u8;
-                }
-                let stride = packed_len(layout.grid.1, bits);
-                pack(bits, &row_zeros, &mut zeros[block_row * stride..][..stride])?;
-            }
-
-            for r in rows {
-                let row = w.row(r).unwrap_or(&[]);
-                let blocks = row.chunks(layout.block.1).zip(row_codes.chunks_mut(layout.block.1));
-                for ((values, codes), &(scale, zero)) in blocks.zip(&ranges) {
-                    for (x, code) in values.iter().zip(codes) {
-                        // Clamped first: `round` wants small numbers, and x / scale may be infinite.
-                        let steps = (x / scale).clamp(-512.0, 512.0);
-                        *code = (round(steps) + zero).clamp(0.0, max_code) as u8;
-                    }
-                }
-                pack(bits, &row_codes, &mut codes[r * layout.stride..][..layout.stride])?;
-            }
-        }
-        let zeros = (!scheme.symmetric).then_some(zeros);
-        Ok(Self { rows: n, cols: k, scheme, codes, scales, zeros })
-    }
-}
-
 impl<S: AsRef<[u8]>> QMatrix<S> {
     /// Assembles a matrix from its stored bytes, in the layout described on the type.
     ///
     /// # Errors
     /// [`Error::Bits`] and [`Error::EmptyBlock`] for an impossible scheme, [`Error::Length`] if a
     /// buffer is not exactly as long as the shape and scheme say (or `zeros` are given for a
-    /// symmetric scheme, or missing for an affine one), [`Error::NotFinite`] if a scale is not a
-    /// number, at its position in the grid of blocks.
+    /// symmetric scheme, or missing for an affine one), [`Error::NotFinite`] if a scale or a
+    /// zero is not a number, at its position in the grid of blocks.
     pub fn from_parts(
         rows: usize,
         cols: usize,
@@ -175,21 +67,35 @@ impl<S: AsRef<[u8]>> QMatrix<S> {
                 return Err(Error::Length { what, expected, got });
             }
         }
-        if scheme.symmetric != zeros.is_none() {
-            let what = "zeros of a symmetric scheme, in buffers";
-            return Err(Error::Length {
-                what,
-                expected: usize::from(!scheme.symmetric),
-                got: zeros.iter().len(),
-            });
+        let expected = usize::from(scheme.zero != ZeroFormat::Midpoint);
+        if expected != zeros.iter().len() {
+            let what = "buffers of zeros";
+            return Err(Error::Length { what, expected, got: zeros.iter().len() });
         }
         for b in 0..layout.grid.0 * layout.grid.1 {
+            let (row, col) = (b / layout.grid.1, b % layout.grid.1);
             if !scheme.scale_format.read(scales.as_ref(), b).is_finite() {
-                let (row, col) = (b / layout.grid.1, b % layout.grid.1);
                 return Err(Error::NotFinite { what: "scale", row, col });
             }
+            if let (Some(format), Some(zeros)) = (scheme.zero.real(), &zeros)
+                && !format.read(zeros.as_ref(), b).is_finite()
+            {
+                return Err(Error::NotFinite { what: "zero", row, col });
+            }
         }
-        Ok(Self { rows, cols, scheme, codes, scales, zeros })
+        Ok(Self::assemble(rows, cols, scheme, codes, scales, zeros))
+    }
+
+    /// Parts that are known to fit.
+    pub(crate) fn assemble(
+        rows: usize,
+        cols: usize,
+        scheme: QuantScheme,
+        codes: S,
+        scales: S,
+        zeros: Option<S>,
+    ) -> Self {
+        Self { rows, cols, scheme, codes, scales, zeros }
     }
 
     /// Rows: the layer's out_features, `n`.
@@ -222,22 +128,28 @@ impl<S: AsRef<[u8]>> QMatrix<S> {
         self.zeros.as_ref().map(S::as_ref)
     }
 
-    /// The scale and the zero of the block at `(block_row, block_col)` of the grid; scale 0 outside.
-    pub fn params(&self, block_row: usize, block_col: usize) -> (f32, u8) {
+    /// What the codes of the block at `(block_row, block_col)` of the grid mean; scale 0 outside.
+    pub fn params(&self, block_row: usize, block_col: usize) -> Params {
         let (grid_rows, grid_cols) = self.grid();
         if block_row >= grid_rows || block_col >= grid_cols {
-            return (0.0, 0);
+            return Params::default();
         }
-        let scale = self.scheme.scale_format.read(self.scales(), block_row * grid_cols + block_col);
-        let zero = match self.zeros() {
-            None => self.scheme.midpoint(),
-            Some(zeros) => {
+        let at = block_row * grid_cols + block_col;
+        let mut params =
+            Params { scale: self.scheme.scale_format.read(self.scales(), at), ..Params::default() };
+        let zeros = self.zeros().unwrap_or(&[]);
+        match self.scheme.zero {
+            ZeroFormat::Midpoint => params.zero = f32::from(self.scheme.midpoint()),
+            ZeroFormat::Int => {
                 let bits = u32::from(self.scheme.dtype.bits());
                 let stride = packed_len(grid_cols, bits);
-                field(&zeros[block_row * stride..][..stride], bits, block_col)
+                let row = zeros.get(block_row * stride..).unwrap_or(&[]);
+                params.zero = f32::from(field(row, bits, block_col));
             }
-        };
-        (scale, zero)
+            ZeroFormat::Real(format) => params.zero = format.read(zeros, at),
+            ZeroFormat::Offset(format) => params.offset = format.read(zeros, at),
+        }
+        params
     }
 
     /// Rows and columns of a full block.
@@ -275,7 +187,7 @@ impl<S: AsRef<[u8]>> QMatrix<S> {
         Ok(())
     }
 
-    /// The matrix that is computed with: `scale · (code − zero)`, each rounded once to f32.
+    /// The matrix that is computed with: [`Params::level`] of every code.
     pub fn dequantize(&self) -> Mat<f32> {
         let mut w = Mat::zeros(self.rows, self.cols);
         if w.data().is_empty() {
@@ -291,9 +203,9 @@ impl<S: AsRef<[u8]>> QMatrix<S> {
             for (b, (row, codes)) in
                 row.chunks_mut(block_cols).zip(codes.chunks(block_cols)).enumerate()
             {
-                let (scale, zero) = self.params(r / block_rows, b);
+                let params = self.params(r / block_rows, b);
                 for (w, &code) in row.iter_mut().zip(codes) {
-                    *w = scale * (f32::from(code) - f32::from(zero));
+                    *w = params.level(code);
                 }
             }
         }
@@ -313,18 +225,18 @@ impl<S: AsRef<[u8]>> QMatrix<S> {
 }
 
 /// What shape and scheme say about the three buffers.
-struct Layout {
-    block: (usize, usize),
-    grid: (usize, usize),
+pub(crate) struct Layout {
+    pub(crate) block: (usize, usize),
+    pub(crate) grid: (usize, usize),
     /// Bytes of one row of codes.
-    stride: usize,
-    codes: usize,
-    scales: usize,
-    zeros: usize,
+    pub(crate) stride: usize,
+    pub(crate) codes: usize,
+    pub(crate) scales: usize,
+    pub(crate) zeros: usize,
 }
 
 impl Layout {
-    fn new(rows: usize, cols: usize, scheme: QuantScheme) -> Result<Self> {
+    pub(crate) fn new(rows: usize, cols: usize, scheme: QuantScheme) -> Result<Self> {
         let too_large = Error::TooLarge { rows, cols };
         // Eight bits a code at most, four bytes a scale: no product below can overflow after this.
         if rows.checked_mul(cols).is_none_or(|x| x > usize::MAX / 16)
@@ -336,8 +248,14 @@ impl Layout {
         let block = scheme.granularity.block(rows, cols);
         let grid = scheme.granularity.grid(rows, cols);
         let stride = packed_len(cols, bits);
-        let zeros = if scheme.symmetric { 0 } else { grid.0 * packed_len(grid.1, bits) };
         let scales = grid.0 * grid.1 * scheme.scale_format.bytes();
+        let zeros = match scheme.zero {
+            ZeroFormat::Midpoint => 0,
+            ZeroFormat::Int => grid.0 * packed_len(grid.1, bits),
+            ZeroFormat::Real(format) | ZeroFormat::Offset(format) => {
+                grid.0 * grid.1 * format.bytes()
+            }
+        };
         Ok(Self { block, grid, stride, codes: rows * stride, scales, zeros })
     }
 }
@@ -350,18 +268,10 @@ fn field(packed: &[u8], bits: u32, index: usize) -> u8 {
     (word >> (bit % 8)) as u8 & ((1_u16 << bits) - 1) as u8
 }
 
-/// Nearest integer, ties to even, for `|x| < 2^22` and the default rounding mode.
-///
-/// Written as an addition because `f32::round_ties_even` needs std, and is a library call on
-/// x86-64 without SSE4.1.
-pub(crate) fn round(x: f32) -> f32 {
-    const MAGIC: f32 = 12_582_912.0; // 1.5 · 2^23: the sum has a unit of exactly 1
-    (x + MAGIC) - MAGIC
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
+    use lowbit_dtypes::pack;
 
     #[test]
     fn a_single_field_is_what_unpacking_the_row_gives() {
@@ -371,13 +281,6 @@ mod tests {
             let mut packed = vec![0; packed_len(codes.len(), bits)];
             pack(bits, &codes, &mut packed).unwrap();
             assert!(codes.iter().enumerate().all(|(i, &code)| field(&packed, bits, i) == code));
-        }
-    }
-
-    #[test]
-    fn rounding_is_to_nearest_even() {
-        for x in [0.5, 1.5, 2.5, -0.5, -1.5, 0.499_999_97, 127.5, -127.5, 511.499_97] {
-            assert_eq!(round(x), x.round_ties_even(), "{x}");
         }
     }
 }

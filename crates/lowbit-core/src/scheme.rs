@@ -108,8 +108,8 @@ impl ScaleFormat {
         }
     }
 
-    /// `scale` rounded to nearest, ties to even. A positive scale never becomes zero (it becomes
-    /// the smallest positive number of the format); one beyond the largest number becomes infinite.
+    /// `scale` rounded to nearest, ties to even. A scale other than 0 never becomes 0 (it becomes
+    /// the smallest number of the format and its sign); one beyond the largest becomes infinite.
     ///
     /// # Example
     /// ```
@@ -120,15 +120,25 @@ impl ScaleFormat {
     /// assert_eq!(ScaleFormat::F16.round(1e6), f32::INFINITY);
     /// ```
     pub fn round(self, scale: f32) -> f32 {
-        let (rounded, smallest) = match self {
-            Self::F32 => (scale, f32::from_bits(1)),
-            Self::F16 => (f16::from_f32(scale).to_f32(), f16::MIN_POSITIVE_SUBNORMAL.to_f32()),
-            Self::Bf16 => (bf16::from_f32(scale).to_f32(), bf16::MIN_POSITIVE_SUBNORMAL.to_f32()),
+        let smallest = match self {
+            Self::F32 => f32::from_bits(1),
+            Self::F16 => f16::MIN_POSITIVE_SUBNORMAL.to_f32(),
+            Self::Bf16 => bf16::MIN_POSITIVE_SUBNORMAL.to_f32(),
         };
-        if rounded == 0.0 && scale > 0.0 { smallest } else { rounded }
+        let rounded = self.nearest(scale);
+        if rounded == 0.0 && scale != 0.0 { smallest.copysign(scale) } else { rounded }
     }
 
-    /// Writes a scale that [`round`](Self::round) has made, little-endian.
+    /// `x` rounded to nearest, ties to even; small numbers may become 0.
+    pub(crate) fn nearest(self, x: f32) -> f32 {
+        match self {
+            Self::F32 => x,
+            Self::F16 => f16::from_f32(x).to_f32(),
+            Self::Bf16 => bf16::from_f32(x).to_f32(),
+        }
+    }
+
+    /// Writes a number that this format holds, little-endian.
     pub(crate) fn write(self, scale: f32, to: &mut [u8]) {
         match self {
             Self::F32 => to.copy_from_slice(&scale.to_le_bytes()),
@@ -137,7 +147,7 @@ impl ScaleFormat {
         }
     }
 
-    /// Reads the scale at `index`; zero behind the end.
+    /// Reads the number at `index`; zero behind the end.
     pub(crate) fn read(self, bytes: &[u8], index: usize) -> f32 {
         let at = index * self.bytes();
         match (self, bytes.get(at..at + self.bytes())) {
@@ -149,17 +159,95 @@ impl ScaleFormat {
     }
 }
 
-/// How a matrix is stored: what a code means, who shares a scale, and in which form.
+/// What is subtracted from a code, and how it is stored.
+///
+/// Texts and files know two conventions. With a zero-point `Z`, `real = scale · (code − Z)` (Jacob
+/// et al., arXiv:1712.05877, equation 1); with an offset `O`, `real = scale · code + O` (GGUF Q4_1,
+/// KIVI). [`Params`] converts one into the other.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum ZeroFormat {
+    /// `Z = 2^(bits − 1)` in every block, not stored: symmetric quantization.
+    Midpoint,
+    /// An integer `Z` of `bits` bits for each block. Real 0 has a code of its own.
+    Int,
+    /// A real `Z` for each block.
+    Real(ScaleFormat),
+    /// An offset `O` for each block, in the unit of the weights.
+    Offset(ScaleFormat),
+}
+
+impl ZeroFormat {
+    /// The format of a stored real number; `None` for integers.
+    pub(crate) const fn real(self) -> Option<ScaleFormat> {
+        match self {
+            Self::Midpoint | Self::Int => None,
+            Self::Real(format) | Self::Offset(format) => Some(format),
+        }
+    }
+}
+
+/// What turns the codes of one block into numbers: `real = scale · (code − zero) + offset`.
+///
+/// One of `zero` and `offset` is 0, depending on the [`ZeroFormat`].
 ///
 /// # Example
 /// ```
-/// use lowbit_core::{Granularity, QuantScheme, ScaleFormat};
+/// use lowbit_core::Params;
+///
+/// let zero_point = Params { scale: 0.5, zero: 3.0, offset: 0.0 };
+/// assert_eq!(zero_point.level(7), 2.0);
+///
+/// let additive = zero_point.to_offset();
+/// assert_eq!(additive, Params { scale: 0.5, zero: 0.0, offset: -1.5 });
+/// assert_eq!(additive.to_zero_point(), zero_point);
+/// ```
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Params {
+    /// The step between two levels; negative where the extreme weight's sign is kept in it.
+    pub scale: f32,
+    /// The code of real 0, in steps; an integer for [`ZeroFormat::Int`] and
+    /// [`ZeroFormat::Midpoint`].
+    pub zero: f32,
+    /// What code 0 stands for, for [`ZeroFormat::Offset`]; otherwise 0.
+    pub offset: f32,
+}
+
+impl Params {
+    /// The number that `code` stands for; every operation is rounded once to f32.
+    #[inline]
+    pub fn level(self, code: u8) -> f32 {
+        self.scale * (f32::from(code) - self.zero) + self.offset
+    }
+
+    /// The same levels (but for rounding) as `scale · code + offset`.
+    #[must_use]
+    pub fn to_offset(self) -> Self {
+        Self { zero: 0.0, offset: self.offset - self.scale * self.zero, ..self }
+    }
+
+    /// The same levels (but for rounding) as `scale · (code − zero)`, where scale is not 0.
+    #[must_use]
+    pub fn to_zero_point(self) -> Self {
+        if self.scale == 0.0 {
+            return self;
+        }
+        Self { zero: self.zero - self.offset / self.scale, offset: 0.0, ..self }
+    }
+}
+
+/// How a matrix is stored: what a code means, who shares a scale, and in which form.
+///
+/// How scales and codes are chosen is not part of it: see [`Fit`](crate::Fit).
+///
+/// # Example
+/// ```
+/// use lowbit_core::{Granularity, QuantScheme, ScaleFormat, ZeroFormat};
 ///
 /// let scheme = QuantScheme {
 ///     scale_format: ScaleFormat::Bf16,
 ///     ..QuantScheme::affine(4, Granularity::PerGroup(128))
 /// };
-/// assert!(!scheme.symmetric);
+/// assert_eq!(scheme.zero, ZeroFormat::Int);
 /// ```
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct QuantScheme {
@@ -167,9 +255,8 @@ pub struct QuantScheme {
     pub dtype: QuantType,
     /// Which weights share a scale and a zero.
     pub granularity: Granularity,
-    /// `true`: the zero is `2^(bits − 1)` everywhere and not stored. `false`: each block stores an
-    /// integer zero of `bits` bits.
-    pub symmetric: bool,
+    /// What is subtracted from a code.
+    pub zero: ZeroFormat,
     /// How the scales are stored.
     pub scale_format: ScaleFormat,
 }
@@ -180,14 +267,14 @@ impl QuantScheme {
         Self {
             dtype: QuantType::Int { bits },
             granularity,
-            symmetric: true,
+            zero: ZeroFormat::Midpoint,
             scale_format: ScaleFormat::F16,
         }
     }
 
-    /// Integers of `bits` bits with a zero of its own for each block, with f16 scales.
+    /// Integers of `bits` bits with an integer zero for each block, with f16 scales.
     pub const fn affine(bits: u8, granularity: Granularity) -> Self {
-        Self { symmetric: false, ..Self::symmetric(bits, granularity) }
+        Self { zero: ZeroFormat::Int, ..Self::symmetric(bits, granularity) }
     }
 
     /// The zero of every block of a symmetric scheme, `2^(bits − 1)`.

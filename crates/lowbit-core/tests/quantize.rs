@@ -1,8 +1,8 @@
 //! What `QMatrix::quantize` promises, for every width, granularity and scale format.
 
 use lowbit_core::{
-    ActivationScheme, Context, Error, Granularity, Linear, Mat, MatRef, QLinear, QMatrix,
-    QuantScheme, ScaleFormat, quantize_row_int8,
+    ActivationScheme, Context, Error, Granularity, Linear, Mat, MatRef, Params, QLinear, QMatrix,
+    QuantScheme, ScaleFormat, ZeroFormat, quantize_row_int8,
 };
 use proptest::prelude::*;
 
@@ -16,12 +16,23 @@ fn granularity() -> impl Strategy<Value = Granularity> {
     ]
 }
 
+fn scale_format() -> impl Strategy<Value = ScaleFormat> {
+    prop_oneof![Just(ScaleFormat::F32), Just(ScaleFormat::F16), Just(ScaleFormat::Bf16)]
+}
+
+fn zero() -> impl Strategy<Value = ZeroFormat> {
+    prop_oneof![
+        Just(ZeroFormat::Midpoint),
+        Just(ZeroFormat::Int),
+        scale_format().prop_map(ZeroFormat::Real),
+        scale_format().prop_map(ZeroFormat::Offset),
+    ]
+}
+
 fn scheme() -> impl Strategy<Value = QuantScheme> {
-    let scales =
-        prop_oneof![Just(ScaleFormat::F32), Just(ScaleFormat::F16), Just(ScaleFormat::Bf16)];
-    (1..=8_u8, granularity(), any::<bool>(), scales).prop_map(
-        |(bits, granularity, symmetric, scale_format)| QuantScheme {
-            symmetric,
+    (1..=8_u8, granularity(), zero(), scale_format()).prop_map(
+        |(bits, granularity, zero, scale_format)| QuantScheme {
+            zero,
             scale_format,
             ..QuantScheme::affine(bits, granularity)
         },
@@ -43,10 +54,8 @@ fn matrix() -> impl Strategy<Value = Mat<f32>> {
 /// All levels of the block that `(r, c)` lies in.
 fn levels(q: &QMatrix, r: usize, c: usize) -> Vec<f32> {
     let (rows, cols) = q.block();
-    let (scale, zero) = q.params(r / rows, c / cols);
-    (0..=q.scheme().dtype.max_code())
-        .map(|code| scale * (f32::from(code) - f32::from(zero)))
-        .collect()
+    let params = q.params(r / rows, c / cols);
+    (0..=q.scheme().dtype.max_code()).map(|code| params.level(code)).collect()
 }
 
 proptest! {
@@ -61,8 +70,12 @@ proptest! {
                     .into_iter()
                     .map(|level| (f64::from(level) - f64::from(x)).abs())
                     .fold(f64::INFINITY, f64::min);
-                // Within one rounding of `w / scale` and of the level, near a tie.
-                let slack = f64::from(x.abs() + got.abs()) * 2.0_f64.powi(-22);
+                // Within the roundings of `w / scale`, of the level and of what is added to them,
+                // near a tie.
+                let (rows, cols) = q.block();
+                let p = q.params(r / rows, c / cols);
+                let sizes = [x, got, p.offset, p.scale * p.zero].map(|x| f64::from(x.abs()));
+                let slack = sizes.iter().sum::<f64>() * 2.0_f64.powi(-22);
                 let error = (f64::from(got) - f64::from(x)).abs();
                 prop_assert!(error <= best + slack, "{x} became {got}");
             }
@@ -73,14 +86,15 @@ proptest! {
     fn no_weight_moves_by_more_than_half_a_step(
         w in matrix(), granularity in granularity(), bits in 1..=8_u8, symmetric in any::<bool>(),
     ) {
+        let zero = if symmetric { ZeroFormat::Midpoint } else { ZeroFormat::Int };
         let scheme = QuantScheme {
-            symmetric, scale_format: ScaleFormat::F32, ..QuantScheme::affine(bits, granularity)
+            zero, scale_format: ScaleFormat::F32, ..QuantScheme::affine(bits, granularity)
         };
         let q = QMatrix::quantize(w.as_ref(), scheme).unwrap();
         let (rows, cols) = q.block();
         for (r, (row, back)) in w.as_ref().iter_rows().zip(q.dequantize().as_ref().iter_rows()).enumerate() {
             for (c, (x, back)) in row.iter().zip(back).enumerate() {
-                let (scale, _) = q.params(r / rows, c / cols);
+                let scale = q.params(r / rows, c / cols).scale;
                 // An affine zero is rounded, which moves the range by up to half a step more.
                 let steps = if symmetric { 0.5 } else { 1.0 };
                 // The scale and the level are rounded to f32.
@@ -94,7 +108,8 @@ proptest! {
     fn zero_stays_exactly_zero(w in matrix(), scheme in scheme()) {
         let q = QMatrix::quantize(w.as_ref(), scheme).unwrap();
         for (w, back) in w.data().iter().zip(q.dequantize().data()) {
-            if *w == 0.0 {
+            let real = matches!(scheme.zero, ZeroFormat::Real(_) | ZeroFormat::Offset(_));
+            if *w == 0.0 && !real {
                 prop_assert_eq!(*back, 0.0);
             }
         }
@@ -157,7 +172,7 @@ fn scales_are_rounded_before_codes_are_chosen() {
         let scheme =
             QuantScheme { scale_format, ..QuantScheme::symmetric(8, Granularity::PerTensor) };
         let q = QMatrix::quantize(w.as_ref(), scheme).unwrap();
-        assert_eq!(q.params(0, 0), (scale, 128));
+        assert_eq!(q.params(0, 0), Params { scale, zero: 128.0, offset: 0.0 });
         assert_eq!(q.codes(), [255, code]);
     }
 }
@@ -189,8 +204,8 @@ fn blocks_of_zeros_and_tiny_numbers_are_defined() {
             let scheme = QuantScheme { scale_format, ..scheme };
             let w = Mat::new(vec![0.0, -0.0, 0.0, 0.0, tiny, -tiny, 0.0, 1e-30], 1, 8).unwrap();
             let q = QMatrix::quantize(w.as_ref(), scheme).unwrap();
-            assert_eq!(q.params(0, 0).0, 1.0);
-            assert!(q.params(0, 1).0 > 0.0);
+            assert_eq!(q.params(0, 0).scale, 1.0);
+            assert!(q.params(0, 1).scale > 0.0);
             assert_eq!(q.dequantize().data()[..4], [0.0; 4]);
             assert!(q.dequantize().data().iter().all(|x| x.abs() < 1e-6));
         }
@@ -243,7 +258,7 @@ fn bad_operands_are_errors_that_carry_them() {
     assert_eq!(huge, Err(Error::TooLarge { rows: usize::MAX, cols: 2 }));
     assert!(q.unpack_row(3, &mut [0; 4]).is_err());
     assert!(q.unpack_row(0, &mut [0; 3]).is_err());
-    assert_eq!(q.params(3, 0), (0.0, 0));
+    assert_eq!(q.params(3, 0), Params::default());
     assert!(QLinear::new(q).with_bias(Some(vec![0.0; 2])).is_err());
 
     w.data_mut()[6] = f32::NAN;
@@ -257,7 +272,7 @@ fn bad_operands_are_errors_that_carry_them() {
 fn the_reference_layer_multiplies_by_what_it_stores() {
     let w = Mat::from_fn(3, 10, |r, c| ((r * 10 + c) as f32 * 1.7).sin());
     let x = Mat::from_fn(2, 10, |r, c| ((r * 10 + c) as f32 * 0.3).cos());
-    for activation in [None, Some(ActivationScheme::Int8PerToken)] {
+    for activation in [None, Some(ActivationScheme::INT8_PER_TOKEN)] {
         let q = QMatrix::quantize(w.as_ref(), QuantScheme::affine(6, Granularity::PerBlock(2, 4)));
         let layer = QLinear::new(q.unwrap())
             .with_activation(activation)

@@ -452,13 +452,23 @@ const fn shift_right(significand: u64, shift: u32, rounding: Rounding) -> u32 {
 }
 
 /// Steele, Lea and Flood's SplitMix64 ("Fast splittable pseudorandom number generators", OOPSLA 2014, figures 13 and
-/// 14) as a function of a counter: the upper half of output `index` of the generator seeded with [`random_key`].
-pub(crate) const fn random(seed: u64, index: u64) -> u32 {
+/// 14) as a function of a counter: the upper half of output `index` of the generator seeded with a mix of `seed`.
+///
+/// The random bits of stochastic rounding, here and in the crates above.
+///
+/// ```
+/// use lowbit_dtypes::random;
+/// assert_eq!(random(7, 1), random(7, 1));
+/// assert_ne!(random(7, 1), random(7, 2));
+/// ```
+#[inline(always)]
+pub const fn random(seed: u64, index: u64) -> u32 {
     let counter = random_key(seed).wrapping_add(index.wrapping_mul(GOLDEN_GAMMA));
     (mix64(counter) >> 32) as u32
 }
 
 /// Neighbouring seeds must not give shifted copies of one stream, so the seed is mixed first.
+#[inline(always)]
 pub(crate) const fn random_key(seed: u64) -> u64 {
     mix64(seed.wrapping_add(GOLDEN_GAMMA))
 }

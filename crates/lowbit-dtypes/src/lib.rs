@@ -29,7 +29,7 @@ pub use convert::{Real, SmallFloat, decode_slice, encode_slice, tf32, tf32_slice
 #[doc(hidden)]
 pub use convert::{decode_slice_on, encode_slice_on, tf32_slice_on};
 pub use error::{Error, Result};
-pub use format::{Format, Overflow, Rounding, Specials};
+pub use format::{Format, Overflow, Rounding, Specials, random};
 pub use formats::*;
 pub use half::{bf16, f16};
 pub use pack::{NibbleOrder, Packed, pack, packed_len, unpack};

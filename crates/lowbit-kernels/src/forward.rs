@@ -4,8 +4,7 @@
 use std::ops::Range;
 
 use lowbit_core::{
-    ActivationScheme, Context, Error, Linear, MatMut, MatRef, Result, check_shapes,
-    quantize_row_int8,
+    Context, Error, Linear, MatMut, MatRef, Result, check_shapes, group_sums, quantize_row_int8,
 };
 use rayon::prelude::*;
 
@@ -40,11 +39,8 @@ impl Linear for PackedLinear {
         let threads = Threads(pool.as_deref());
         match self.activation() {
             None => self.forward_f32(x, y, ctx, threads),
-            Some(ActivationScheme::Int8PerToken) => self.forward_int8(x, y, ctx, threads),
-            Some(other) => Err(Error::Unsupported {
-                by: "PackedLinear",
-                what: format!("{other:?} activations"),
-            }),
+            // The only scheme that packing accepts.
+            Some(_) => self.forward_int8(x, y, ctx, threads),
         }
     }
 }
@@ -131,9 +127,7 @@ impl PackedLinear {
     fn quantize_row(&self, x: &[f32], codes: &mut [i8], sums: &mut [i32]) -> Result<f32> {
         let ((group_size, _), padded) = (self.group(), self.padded_group());
         let scale = pulp::Arch::new().dispatch(|| quantize_row_int8(x, &mut codes[..x.len()]))?;
-        for (sum, codes) in sums.iter_mut().zip(codes[..x.len()].chunks(group_size)) {
-            *sum = codes.iter().map(|&a| i32::from(a)).sum();
-        }
+        group_sums(&codes[..x.len()], group_size, sums);
         codes[x.len()..].fill(0);
         if padded != group_size {
             // From the last group backwards, so that none is overwritten before it has moved.

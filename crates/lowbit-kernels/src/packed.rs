@@ -1,4 +1,4 @@
-use lowbit_core::{ActivationScheme, Error, QLinear, Result};
+use lowbit_core::{ActivationScheme, Error, QLinear, Result, ZeroFormat};
 
 use crate::{
     isa::{self, Kernel},
@@ -71,8 +71,10 @@ impl PackedLinear {
     /// benchmarks and reports of defects.
     ///
     /// # Errors
-    /// [`Error::Unsupported`] if there is no such kernel or this CPU lacks its instructions, or if
-    /// activations are int8 and a group has more than 66,311 weights, whose sum might overflow.
+    /// [`Error::Unsupported`] if there is no such kernel or this CPU lacks its instructions, if
+    /// activations are quantized other than by [`ActivationScheme::INT8_PER_TOKEN`], if zeros are
+    /// real numbers or offsets, or if activations are int8 and a group has more than 66,311
+    /// weights, whose sum might overflow.
     pub fn with_kernel<S: AsRef<[u8]>>(layer: &QLinear<S>, name: &str) -> Result<Self> {
         Self::pack(layer, isa::named(name)?)
     }
@@ -82,6 +84,14 @@ impl PackedLinear {
         let (n, k) = (weight.rows(), weight.cols());
         let (block_rows, group_size) = weight.block();
         let groups = k.div_ceil(group_size);
+        if !matches!(weight.scheme().zero, ZeroFormat::Midpoint | ZeroFormat::Int) {
+            let what = format!("zeros stored as {:?}", weight.scheme().zero);
+            return Err(Error::Unsupported { by: "PackedLinear", what });
+        }
+        if let Some(other) = layer.activation().filter(|a| *a != ActivationScheme::INT8_PER_TOKEN) {
+            let what = format!("activations quantized as {other:?}");
+            return Err(Error::Unsupported { by: "PackedLinear", what });
+        }
         if layer.activation().is_some() && group_size > MAX_INT8_GROUP {
             let what = format!(
                 "int8 activations with groups of {group_size}: at most {MAX_INT8_GROUP} weights may share a scale"
@@ -114,9 +124,9 @@ impl PackedLinear {
             weight.unpack_row(row, &mut row_codes)?;
             let codes = &mut codes[panel * panel_bytes..][..panel_bytes];
             for (g, group) in row_codes.chunks(group_size).enumerate() {
-                let (scale, zero) = weight.params(row / block_rows, g);
-                packed.scales[panel * groups + g][lane] = scale;
-                packed.zeros[panel * groups + g][lane] = zero;
+                let params = weight.params(row / block_rows, g);
+                packed.scales[panel * groups + g][lane] = params.scale;
+                packed.zeros[panel * groups + g][lane] = params.zero as u8; // an integer below 256
                 let first = g * storage.steps_of_group(group_size);
                 for (j, &code) in group.iter().enumerate() {
                     let (step, byte, shift) = storage.place(j);

@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use lowbit_core::{
     ActivationScheme, Context, Error, Granularity, Linear, Mat, QLinear, QMatrix, QuantScheme,
+    ZeroFormat,
 };
 use proptest::prelude::*;
 
@@ -114,8 +115,9 @@ fn scheme() -> impl Strategy<Value = QuantScheme> {
         (1..70_usize).prop_map(Granularity::PerGroup),
         (1..40_usize, 1..40_usize).prop_map(|(r, c)| Granularity::PerBlock(r, c)),
     ];
-    (1..=8_u8, granularity, any::<bool>()).prop_map(|(bits, granularity, symmetric)| QuantScheme {
-        symmetric,
+    let zero = prop_oneof![Just(ZeroFormat::Midpoint), Just(ZeroFormat::Int)];
+    (1..=8_u8, granularity, zero).prop_map(|(bits, granularity, zero)| QuantScheme {
+        zero,
         ..QuantScheme::affine(bits, granularity)
     })
 }
@@ -132,7 +134,7 @@ proptest! {
         extreme in any::<bool>(),
         seed in any::<u64>(),
     ) {
-        let activation = int8.then_some(ActivationScheme::Int8PerToken);
+        let activation = int8.then_some(ActivationScheme::INT8_PER_TOKEN);
         Problem { m, n, k, scheme, activation, bias, extreme, seed }.check();
     }
 }
@@ -140,7 +142,7 @@ proptest! {
 #[test]
 fn every_kernel_is_right_around_the_edges_of_tiles_and_steps() {
     for bits in [3, 4, 5, 8] {
-        for activation in [None, Some(ActivationScheme::Int8PerToken)] {
+        for activation in [None, Some(ActivationScheme::INT8_PER_TOKEN)] {
             for (m, n, k) in [
                 (1, 1, 1),
                 (3, 31, 7),
@@ -162,11 +164,11 @@ fn every_kernel_is_right_around_the_edges_of_tiles_and_steps() {
 #[test]
 fn no_intermediate_saturates() {
     for bits in [4, 7, 8] {
-        for symmetric in [false, true] {
+        for zero in [ZeroFormat::Int, ZeroFormat::Midpoint] {
             for k in [64, 4096] {
                 let scheme =
-                    QuantScheme { symmetric, ..QuantScheme::affine(bits, Granularity::PerChannel) };
-                let activation = Some(ActivationScheme::Int8PerToken);
+                    QuantScheme { zero, ..QuantScheme::affine(bits, Granularity::PerChannel) };
+                let activation = Some(ActivationScheme::INT8_PER_TOKEN);
                 Problem { m: 2, n: 33, k, scheme, activation, bias: false, extreme: true, seed: 1 }
                     .check();
             }
@@ -176,7 +178,7 @@ fn no_intermediate_saturates() {
 
 #[test]
 fn a_row_has_the_same_bits_in_every_batch() {
-    for activation in [None, Some(ActivationScheme::Int8PerToken)] {
+    for activation in [None, Some(ActivationScheme::INT8_PER_TOKEN)] {
         let scheme = QuantScheme::affine(4, Granularity::PerGroup(24));
         let problem = Problem {
             m: 71,
@@ -236,7 +238,7 @@ fn strided_rows_are_read_and_written_in_place() {
 #[test]
 fn bad_operands_are_errors_and_nothing_is_written() {
     let scheme = QuantScheme::symmetric(8, Granularity::PerChannel);
-    let activation = Some(ActivationScheme::Int8PerToken);
+    let activation = Some(ActivationScheme::INT8_PER_TOKEN);
     let problem =
         Problem { m: 3, n: 4, k: 6, scheme, activation, bias: false, extreme: false, seed: 1 };
     let packed = PackedLinear::new(&problem.layer()).unwrap();
@@ -281,7 +283,7 @@ fn a_group_whose_integer_sum_might_overflow_is_refused() {
         QMatrix::quantize(w.as_ref(), QuantScheme::symmetric(8, Granularity::PerChannel)).unwrap();
     let layer = QLinear::new(q);
     assert!(PackedLinear::new(&layer).is_ok());
-    let int8 = layer.with_activation(Some(ActivationScheme::Int8PerToken));
+    let int8 = layer.with_activation(Some(ActivationScheme::INT8_PER_TOKEN));
     assert!(matches!(PackedLinear::new(&int8), Err(Error::Unsupported { .. })));
 }
 
@@ -291,8 +293,8 @@ fn the_longest_group_does_not_overflow() {
     let k = 66_311;
     let w = Mat::from_fn(2, k, |_, _| 1.0);
     let q = QMatrix::quantize(w.as_ref(), QuantScheme::affine(8, Granularity::PerChannel)).unwrap();
-    assert_eq!((q.codes()[0], q.params(0, 0).1), (255, 0));
-    let layer = QLinear::new(q).with_activation(Some(ActivationScheme::Int8PerToken));
+    assert_eq!((q.codes()[0], q.params(0, 0).zero), (255, 0.0));
+    let layer = QLinear::new(q).with_activation(Some(ActivationScheme::INT8_PER_TOKEN));
     let x = Mat::from_fn(2, k, |r, _| if r == 0 { 1.0 } else { -1.0 });
     let mut expected = Mat::zeros(2, 2);
     layer.forward(x.as_ref(), expected.as_mut(), &mut Context::new()).unwrap();
@@ -317,7 +319,7 @@ fn matrices_without_elements_are_multiplied_too() {
         for granularity in
             [Granularity::PerTensor, Granularity::PerColumn, Granularity::PerGroup(8)]
         {
-            for activation in [None, Some(ActivationScheme::Int8PerToken)] {
+            for activation in [None, Some(ActivationScheme::INT8_PER_TOKEN)] {
                 let scheme = QuantScheme::affine(4, granularity);
                 Problem { m, n, k, scheme, activation, bias: true, extreme: false, seed: 1 }
                     .check();

@@ -33,8 +33,10 @@
 
 pub use lowbit_algorithms::{Calibration, METHODS, Method, Quantizer, Rtn};
 pub use lowbit_core::{
-    ActivationScheme, Context, Error, Granularity, Linear, Mat, MatMut, MatRef, QLinear, QMatrix,
-    QuantScheme, QuantType, Result, ScaleFormat, check_shapes, quantize_row_int8,
+    ActivationScales, ActivationScheme, ActivationType, Context, Division, Error, Fit, Granularity,
+    Linear, Mat, MatMut, MatRef, Params, QActivations, QLinear, QMatrix, QuantScheme, QuantType,
+    Range, Result, Rounding, ScaleFormat, SymmetricScale, ZeroFormat, check_shapes, group_sums,
+    presets, quantize_row_int8, quantize_row_uint8, range,
 };
 pub use lowbit_kernels::{PackedLinear, kernels};
 

@@ -1,0 +1,378 @@
+use crate::{Error, Params, QuantScheme, Result, Rounding, ScaleFormat, ZeroFormat};
+
+/// How scales and codes are chosen for given weights: everything about round-to-nearest that is
+/// not stored with the result (see [`QuantScheme`] for what is).
+///
+/// The default is min-max, to nearest even. [`presets`](crate::presets) name what other systems do.
+///
+/// # Example
+/// ```
+/// use lowbit_core::{Fit, Granularity, Mat, QMatrix, QuantScheme, Range};
+///
+/// // One outlier among small weights: on a 4-bit grid it pays to clip it a little.
+/// let w = Mat::from_fn(1, 64, |_, c| if c == 7 { 1.0 } else { (c as f32).sin() * 0.4 });
+/// let scheme = QuantScheme::symmetric(4, Granularity::PerChannel);
+/// let error = |fit: &Fit| -> lowbit_core::Result<f32> {
+///     let q = QMatrix::quantize_with(w.as_ref(), scheme, fit, None)?.dequantize();
+///     Ok(w.data().iter().zip(q.data()).map(|(w, q)| (w - q).powi(2)).sum())
+/// };
+/// let searched = error(&Fit { range: Range::MSE, ..Fit::default() })?;
+/// assert!(searched < error(&Fit::default())?);
+/// # Ok::<(), lowbit_core::Error>(())
+/// ```
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Fit {
+    /// Which numbers the grid should reach.
+    pub range: Range,
+    /// Where a symmetric grid puts the largest magnitude.
+    pub symmetric: SymmetricScale,
+    /// How a weight in steps becomes a code.
+    pub rounding: Rounding,
+    /// How a weight is divided into steps.
+    pub division: Division,
+}
+
+/// Which numbers of a block its grid should reach; what lies beyond saturates.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+#[non_exhaustive]
+pub enum Range {
+    /// All of them.
+    #[default]
+    MinMax,
+    /// So many percent, in (0, 100]: of the magnitudes for symmetric grids
+    /// ([`range::percentile_abs`](crate::range::percentile_abs)), otherwise with both tails cut
+    /// alike ([`range::percentile`](crate::range::percentile)).
+    Percentile(f64),
+    /// The one of the ranges `i/grid` of the whole, `i = grid, grid − 1, …`, whose
+    /// `Σ importance·|w − ŵ|^norm` is smallest; the widest of equals.
+    Search {
+        /// Steps from the whole range down to nothing.
+        grid: u32,
+        /// How many of them to try, at most `grid`.
+        candidates: u32,
+        /// The power of the error: 2 for the mean square.
+        norm: f32,
+    },
+}
+
+impl Range {
+    /// The smallest mean squared error, over hundredths of the whole range.
+    pub const MSE: Self = Self::Search { grid: 100, candidates: 100, norm: 2.0 };
+    /// The search of GPTQ's code: down to a fifth of the range, for the power 2.4.
+    pub const GPTQ: Self = Self::Search { grid: 100, candidates: 80, norm: 2.4 };
+}
+
+/// Where a symmetric grid of `2^b` codes puts `amax`, the largest magnitude of its range.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub enum SymmetricScale {
+    /// `scale = amax / ((2^b − 1)/2)`: `−amax` is half a step inside the lowest level, `+amax` half
+    /// a step above the highest. All codes are used. GPTQ, compressed-tensors.
+    #[default]
+    HalfStep,
+    /// `scale = amax / (2^(b−1) − 1)`: both signs are reached exactly, and the lowest code is not
+    /// used (with 1 bit: as `Full`). AWQ, bitsandbytes, ONNX Runtime, GGUF Q8_0.
+    Restricted,
+    /// `scale = amax / 2^(b−1)`: `−amax` is reached exactly, `+amax` saturates a step lower.
+    Full,
+    /// `scale = extreme / −2^(b−1)`, where `extreme` is the weight of the largest magnitude with
+    /// its sign (the first of equals): it always gets code 0, and scales may be negative. GGUF
+    /// Q4_0, Q5_0.
+    SignedExtreme,
+}
+
+/// How a weight is divided by the scale when its code is chosen.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub enum Division {
+    /// By the scale as it will be read back, so that codes are the nearest for what is stored.
+    #[default]
+    Stored,
+    /// Multiplied by the reciprocal of the scale before that was rounded to its format, as ggml
+    /// does; an offset is not rounded either.
+    ExactReciprocal,
+}
+
+/// The grid of one block, and how to get onto it.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Grid {
+    /// What is stored.
+    pub(crate) params: Params,
+    /// Weights are taken relative to this, then divided by or multiplied with `factor`.
+    offset: f32,
+    factor: f32,
+    reciprocal: bool,
+    /// Added before and after rounding.
+    real_zero: f32,
+    int_zero: f32,
+    lowest: f32,
+    highest: f32,
+    rounding: Rounding,
+}
+
+impl Grid {
+    /// The grid for a range; `extreme` is the weight of the largest magnitude.
+    ///
+    /// Fails with the scale before rounding if a level would not be a finite number.
+    pub(crate) fn new(
+        scheme: QuantScheme,
+        fit: &Fit,
+        (lo, hi): (f32, f32),
+        extreme: f32,
+    ) -> Result<Self, f32> {
+        let max_code = f32::from(scheme.dtype.max_code());
+        let midpoint = f32::from(scheme.midpoint());
+        let symmetric = scheme.zero == ZeroFormat::Midpoint;
+        // The range of an integer zero contains 0.
+        let (lo, hi) = match scheme.zero {
+            ZeroFormat::Midpoint | ZeroFormat::Int => (lo.min(0.0), hi.max(0.0)),
+            ZeroFormat::Real(_) | ZeroFormat::Offset(_) => (lo, hi),
+        };
+        let exact = if symmetric {
+            let amax = hi.max(-lo);
+            match fit.symmetric {
+                SymmetricScale::HalfStep => amax / (max_code / 2.0),
+                SymmetricScale::Restricted => amax / (midpoint - 1.0).max(1.0),
+                SymmetricScale::Full => amax / midpoint,
+                SymmetricScale::SignedExtreme => (-amax / midpoint).copysign(-extreme),
+            }
+        } else if (hi - lo).is_finite() {
+            (hi - lo) / max_code
+        } else {
+            hi / max_code - lo / max_code
+        };
+        // A scale of 0 is either a constant block or a quotient too small for f32.
+        let constant = lo == hi;
+        let scale = match scheme.zero {
+            _ if constant && lo == 0.0 => 1.0,
+            ZeroFormat::Real(_) if constant => scheme.scale_format.round(lo.abs()),
+            ZeroFormat::Offset(_) if constant => 1.0,
+            _ if exact == 0.0 => scheme.scale_format.round(f32::from_bits(1).copysign(exact)),
+            _ => scheme.scale_format.round(exact),
+        };
+        let zero = match scheme.zero {
+            ZeroFormat::Midpoint => midpoint,
+            ZeroFormat::Int => Rounding::NearestEven.round((-lo / scale).min(max_code), 0),
+            ZeroFormat::Real(format) => format.nearest(-lo / scale),
+            ZeroFormat::Offset(_) => 0.0,
+        };
+        let offset = match scheme.zero {
+            ZeroFormat::Offset(format) => format.nearest(lo),
+            _ => 0.0,
+        };
+        let params = Params { scale, zero, offset };
+        // Both ends must be numbers, the lowest unused level of a symmetric grid included.
+        let ends = [params.level(0), params.level(scheme.dtype.max_code())];
+        if !ends.iter().all(|x| x.is_finite()) {
+            return Err(exact);
+        }
+        let restricted = symmetric && fit.symmetric == SymmetricScale::Restricted && midpoint > 1.0;
+        let exact_factor = fit.division == Division::ExactReciprocal && !constant;
+        let reciprocal = 1.0 / exact;
+        let reciprocal = (exact_factor && reciprocal.is_finite()).then_some(reciprocal);
+        Ok(Self {
+            params,
+            offset: match scheme.zero {
+                ZeroFormat::Offset(_) if exact_factor => lo,
+                _ => offset,
+            },
+            factor: reciprocal.unwrap_or(scale),
+            reciprocal: reciprocal.is_some(),
+            real_zero: if let ZeroFormat::Real(_) = scheme.zero { zero } else { 0.0 },
+            int_zero: if let ZeroFormat::Real(_) = scheme.zero { 0.0 } else { zero },
+            lowest: if restricted { 1.0 } else { 0.0 },
+            highest: max_code,
+            rounding: fit.rounding,
+        })
+    }
+
+    /// The code of each of `x`; `index` is that of the first in the matrix.
+    #[inline(always)] // into callers that are compiled for newer instruction sets
+    pub(crate) fn encode(&self, x: &[f32], codes: &mut [u8], index: u64) {
+        // One loop for each rounding: with the constant known, each is a few instructions.
+        match self.rounding {
+            Rounding::NearestEven if self.is_plain() => {
+                // The common case, without the additions of 0.
+                for (&x, code) in x.iter().zip(codes) {
+                    let steps = (x / self.factor).clamp(-512.0, 512.0);
+                    let nearest = crate::rounding::nearest_even(steps) + self.int_zero;
+                    *code = nearest.clamp(self.lowest, self.highest) as u8;
+                }
+            }
+            Rounding::NearestEven => self.encode_with(Rounding::NearestEven, x, codes, index),
+            Rounding::NearestAway => self.encode_with(Rounding::NearestAway, x, codes, index),
+            Rounding::NearestUp => self.encode_with(Rounding::NearestUp, x, codes, index),
+            Rounding::Floor => self.encode_with(Rounding::Floor, x, codes, index),
+            Rounding::TowardZero => self.encode_with(Rounding::TowardZero, x, codes, index),
+            Rounding::Stochastic { .. } => self.encode_with(self.rounding, x, codes, index),
+        }
+    }
+
+    #[inline(always)]
+    fn is_plain(&self) -> bool {
+        !self.reciprocal && self.offset == 0.0 && self.real_zero == 0.0
+    }
+
+    #[inline(always)]
+    fn encode_with(&self, rounding: Rounding, x: &[f32], codes: &mut [u8], index: u64) {
+        for (i, (&x, code)) in x.iter().zip(codes).enumerate() {
+            let x = x - self.offset;
+            let steps = if self.reciprocal { x * self.factor } else { x / self.factor };
+            // Clamped first: rounding wants small numbers, and x / scale may be infinite.
+            let steps = (steps + self.real_zero).clamp(-512.0, 512.0);
+            let code_f = rounding.code(steps, self.int_zero, index + i as u64);
+            *code = code_f.clamp(self.lowest, self.highest) as u8;
+        }
+    }
+}
+
+impl Fit {
+    /// The default as a constant: the whole range, to nearest even.
+    pub const NEAREST: Self = Self {
+        range: Range::MinMax,
+        symmetric: SymmetricScale::HalfStep,
+        rounding: Rounding::NearestEven,
+        division: Division::Stored,
+    };
+
+    pub(crate) fn check(&self) -> Result<()> {
+        let parameter = |what, value, expected| Err(Error::Parameter { what, value, expected });
+        match self.range {
+            Range::Percentile(percent) if !(percent > 0.0 && percent <= 100.0) => {
+                Err(Error::Percentile { percent })
+            }
+            Range::Search { grid: 0, .. } => parameter("grid", 0.0, "at least 1"),
+            Range::Search { grid, candidates, .. } if candidates == 0 || candidates > grid => {
+                parameter("candidates", f64::from(candidates), "at least 1, at most grid")
+            }
+            Range::Search { norm, .. } if !(norm > 0.0 && norm.is_finite()) => {
+                parameter("norm", f64::from(norm), "more than 0")
+            }
+            _ => Ok(()),
+        }
+    }
+}
+
+/// What other systems do, by name: the scheme that they store and the fit that they use.
+///
+/// Group scales and codes are theirs; the layout of the codes in a file is another matter. Where
+/// another system has a defect, it is left out, and said so.
+///
+/// # Example
+/// ```
+/// use lowbit_core::{Granularity, Mat, QMatrix, presets};
+///
+/// // GGUF's Q4_0: the extreme weight, −0.9, is code 0 (−8), and the scale keeps its sign.
+/// let w = Mat::from_fn(1, 32, |_, c| if c == 5 { -0.9 } else { 0.01 * c as f32 });
+/// let (scheme, fit) = presets::gguf_q4_0();
+/// let q = QMatrix::quantize_with(w.as_ref(), scheme, &fit, None)?;
+/// assert!((q.params(0, 0).scale - 0.9 / 8.0).abs() < 1e-4);
+/// # Ok::<(), lowbit_core::Error>(())
+/// ```
+pub mod presets {
+    use super::*;
+    use crate::Granularity;
+
+    const NEAREST: Fit = Fit::NEAREST;
+    const RESTRICTED: Fit = Fit { symmetric: SymmetricScale::Restricted, ..NEAREST };
+
+    /// GPTQ (AutoGPTQ, GPTQModel), symmetric: `absmax / 7.5` for 4 bits.
+    ///
+    /// Theirs leaves the minimum of an all-positive group at 0, which shrinks it to 0.467.
+    pub const fn gptq_sym(bits: u8, granularity: Granularity) -> (QuantScheme, Fit) {
+        (QuantScheme::symmetric(bits, granularity), NEAREST)
+    }
+
+    /// GPTQ with zero-points: `(max − min) / (2^b − 1)` over a range with 0 in it.
+    pub const fn gptq(bits: u8, granularity: Granularity) -> (QuantScheme, Fit) {
+        (QuantScheme::affine(bits, granularity), NEAREST)
+    }
+
+    /// AWQ, symmetric: `absmax / 7` for 4 bits.
+    pub const fn awq_sym(bits: u8, granularity: Granularity) -> (QuantScheme, Fit) {
+        (QuantScheme::symmetric(bits, granularity), RESTRICTED)
+    }
+
+    /// AWQ with zero-points: `(max − min) / (2^b − 1)`.
+    ///
+    /// Theirs does not put 0 into the range of a one-signed group, and clamps its zero-point:
+    /// weights between 0.9 and 1.0 come back as 0 to 0.1.
+    pub const fn awq(bits: u8, granularity: Granularity) -> (QuantScheme, Fit) {
+        gptq(bits, granularity)
+    }
+
+    /// compressed-tensors (vLLM), symmetric: `absmax / ((2^b − 1) / 2)`, scales in bf16.
+    pub const fn compressed_tensors_sym(bits: u8, granularity: Granularity) -> (QuantScheme, Fit) {
+        let scheme = QuantScheme::symmetric(bits, granularity);
+        (QuantScheme { scale_format: ScaleFormat::Bf16, ..scheme }, NEAREST)
+    }
+
+    /// compressed-tensors with zero-points, scales in bf16.
+    pub const fn compressed_tensors(bits: u8, granularity: Granularity) -> (QuantScheme, Fit) {
+        let scheme = QuantScheme::affine(bits, granularity);
+        (QuantScheme { scale_format: ScaleFormat::Bf16, ..scheme }, NEAREST)
+    }
+
+    /// ONNX Runtime's weights, int8 and symmetric: `absmax / 127`, scales in f32.
+    pub const fn onnx_sym(granularity: Granularity) -> (QuantScheme, Fit) {
+        let scheme = QuantScheme::symmetric(8, granularity);
+        (QuantScheme { scale_format: ScaleFormat::F32, ..scheme }, RESTRICTED)
+    }
+
+    /// ONNX's `DynamicQuantizeLinear`: uint8 with a zero-point, scales in f32.
+    pub const fn onnx(granularity: Granularity) -> (QuantScheme, Fit) {
+        let scheme = QuantScheme::affine(8, granularity);
+        (QuantScheme { scale_format: ScaleFormat::F32, ..scheme }, NEAREST)
+    }
+
+    /// bitsandbytes' int8 weights (LLM.int8): a row's `absmax / 127`, in f32.
+    ///
+    /// Theirs turns a row of zeros into NaN.
+    pub const fn bitsandbytes_int8() -> (QuantScheme, Fit) {
+        onnx_sym(Granularity::PerChannel)
+    }
+
+    const fn ggml_sym(
+        bits: u8,
+        symmetric: SymmetricScale,
+        rounding: Rounding,
+    ) -> (QuantScheme, Fit) {
+        let scheme = QuantScheme::symmetric(bits, Granularity::PerGroup(32));
+        let division = Division::ExactReciprocal;
+        (scheme, Fit { symmetric, rounding, division, ..NEAREST })
+    }
+
+    const fn ggml_offset(bits: u8) -> (QuantScheme, Fit) {
+        let (scheme, fit) = ggml_sym(bits, SymmetricScale::HalfStep, Rounding::NearestUp);
+        (QuantScheme { zero: ZeroFormat::Offset(ScaleFormat::F16), ..scheme }, fit)
+    }
+
+    /// GGUF Q4_0: groups of 32, the signed extreme over −8.
+    pub const fn gguf_q4_0() -> (QuantScheme, Fit) {
+        ggml_sym(4, SymmetricScale::SignedExtreme, Rounding::NearestUp)
+    }
+
+    /// GGUF Q5_0: groups of 32, the signed extreme over −16.
+    pub const fn gguf_q5_0() -> (QuantScheme, Fit) {
+        ggml_sym(5, SymmetricScale::SignedExtreme, Rounding::NearestUp)
+    }
+
+    /// GGUF Q8_0: groups of 32, `absmax / 127`.
+    pub const fn gguf_q8_0() -> (QuantScheme, Fit) {
+        ggml_sym(8, SymmetricScale::Restricted, Rounding::NearestAway)
+    }
+
+    /// GGUF Q4_1: groups of 32, `scale · code + min`.
+    pub const fn gguf_q4_1() -> (QuantScheme, Fit) {
+        ggml_offset(4)
+    }
+
+    /// GGUF Q5_1: groups of 32, `scale · code + min`.
+    pub const fn gguf_q5_1() -> (QuantScheme, Fit) {
+        ggml_offset(5)
+    }
+
+    /// HQQ's starting point: `(max − min) / (2^b − 1)` and a real zero-point, both in f16.
+    pub const fn hqq(bits: u8, granularity: Granularity) -> (QuantScheme, Fit) {
+        let scheme = QuantScheme::affine(bits, granularity);
+        (QuantScheme { zero: ZeroFormat::Real(ScaleFormat::F16), ..scheme }, NEAREST)
+    }
+}
