@@ -3,7 +3,7 @@
 use crate::Error;
 use crate::error::{Result, same_length};
 use crate::simd::table::{DequantizeBlocks, Encode, QuantizeBlocks};
-use crate::simd::{Isa, Tree};
+use crate::simd::{Isa, Kernel, Plain, Search};
 
 /// A format of 16 levels: `level(code) = levels[code]`.
 ///
@@ -19,12 +19,7 @@ use crate::simd::{Isa, Tree};
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Table16 {
     levels: [f32; 16],
-    /// The codes in ascending order of their levels.
-    pub(crate) order: [u8; 16],
-    /// Whether that is 0, 1, 2, …
-    pub(crate) is_sorted: bool,
-    /// Code `order[r]` is for numbers with r thresholds below them.
-    pub(crate) tree: Tree,
+    pub(crate) search: Search,
     /// The largest magnitude.
     pub(crate) reach: f32,
 }
@@ -132,26 +127,34 @@ impl Table16 {
     }
 
     const fn nearest(levels: [f32; 16]) -> Self {
+        // The codes in ascending order of their levels, of equal ones only the first.
         let mut order = [0; 16];
-        let mut n = 0;
-        while n < 16 {
-            // Insert code n behind every level that is not above its own.
-            let mut at = n;
-            while at > 0 && levels[order[at - 1] as usize] > levels[n] {
-                order[at] = order[at - 1];
+        let mut count = 0;
+        let mut code = 0;
+        while code < 16 {
+            // Insert the code behind every level that is below its own.
+            let mut at = count;
+            while at > 0 && levels[order[at - 1] as usize] > levels[code] {
                 at -= 1;
             }
-            order[at] = n as u8;
-            n += 1;
-        }
-        let mut thresholds = [0.0; 15];
-        let mut i = 0;
-        while i < 15 {
-            let (low, high) = (levels[order[i] as usize], levels[order[i + 1] as usize]);
-            thresholds[i] = ((low as f64 + high as f64) / 2.0) as f32;
-            if low == high {
-                thresholds[i] = f32::INFINITY; // never the second of two equal levels
+            if at == 0 || levels[order[at - 1] as usize] < levels[code] {
+                let mut i = count;
+                while i > at {
+                    order[i] = order[i - 1];
+                    i -= 1;
+                }
+                order[at] = code as u8;
+                count += 1;
             }
+            code += 1;
+        }
+        let mut thresholds = [f32::INFINITY; 15];
+        let mut i = 1;
+        while i < count {
+            let (low, high) = (levels[order[i - 1] as usize], levels[order[i] as usize]);
+            let middle = ((low as f64 + high as f64) / 2.0) as f32;
+            // Between neighbours it could be the higher one, which must keep its code.
+            thresholds[i - 1] = middle.min(high.next_down());
             i += 1;
         }
         Self::with_thresholds(levels, order, &thresholds)
@@ -159,16 +162,14 @@ impl Table16 {
 
     const fn with_thresholds(levels: [f32; 16], order: [u8; 16], thresholds: &[f32; 15]) -> Self {
         let mut reach = 0.0;
-        let mut is_sorted = true;
         let mut i = 0;
         while i < 16 {
             if levels[i].abs() > reach {
                 reach = levels[i].abs();
             }
-            is_sorted &= order[i] as usize == i;
             i += 1;
         }
-        Self { levels, order, is_sorted, tree: Tree::new(thresholds), reach }
+        Self { levels, search: Search::new(thresholds, order, reach), reach }
     }
 
     /// The levels, by code.
@@ -189,7 +190,7 @@ impl Table16 {
     /// The code of the nearest level. NaN gets that of the lowest.
     pub fn code(&self, x: f32) -> u8 {
         let mut code = [0];
-        Isa::baseline().run(Encode { table: self, src: &[x], codes: &mut code });
+        Encode { table: self, src: &[x], codes: &mut code }.run(Plain);
         code[0]
     }
 

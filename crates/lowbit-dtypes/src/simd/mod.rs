@@ -6,6 +6,8 @@
 
 pub(crate) mod blocks;
 pub(crate) mod lanes;
+#[cfg(all(target_arch = "aarch64", target_feature = "neon", target_endian = "little"))]
+mod neon;
 pub(crate) mod table;
 #[cfg(all(target_arch = "x86_64", feature = "std"))]
 mod x86;
@@ -84,7 +86,10 @@ impl Isa {
     }
 }
 
-#[cfg(not(all(target_arch = "x86_64", feature = "std")))]
+#[cfg(not(any(
+    all(target_arch = "x86_64", feature = "std"),
+    all(target_arch = "aarch64", target_feature = "neon", target_endian = "little")
+)))]
 impl Isa {
     #[inline(always)]
     pub(crate) fn run<K: Kernel>(self, kernel: K) {
@@ -96,8 +101,8 @@ impl Isa {
 pub(crate) trait Simd: Copy {
     /// The largest magnitude, 0 if there is none; NaN counts as larger than infinity.
     fn abs_max(self, x: &[f32]) -> f32;
-    /// For each lane, how many of the 15 thresholds of `tree` are below x (NaN: none).
-    fn rank<const N: usize>(self, tree: &Tree, x: &[[f32; 16]; N]) -> [[u8; 16]; N];
+    /// For each lane the code of x, which must be within the reach of `search`.
+    fn find<const N: usize>(self, search: &Search, x: &[[f32; 16]; N]) -> [[u8; 16]; N];
     /// For each lane, the entry at the low four bits of its index.
     fn entry(self, entries: &[f32; 16], indices: &[u8; 16]) -> [f32; 16];
 }
@@ -111,28 +116,63 @@ impl Kernel for AbsMax<'_> {
     }
 }
 
-/// 15 ascending thresholds as a search tree: level l holds 2^l of them, and the path is the rank, bit by bit.
+/// 15 ascending thresholds (infinity where there are fewer), the codes between them, and where to look.
+///
+/// A number with r thresholds below it has code `codes[r]`; NaN has none below.
+///
+/// The numbers up to `reach` are cut into equal cells. `below` says how many thresholds lie in the cells before one, and
+/// from there on a linear search takes as many steps as any cell has thresholds: one for NF4, whose levels are all
+/// farther apart than a cell is wide. A cell is a monotonic function of a number, so thresholds in lower cells are
+/// below it and those in higher cells above it, however the function rounds.
 #[derive(Clone, Copy, Debug, PartialEq)]
-pub(crate) struct Tree([[f32; 16]; 4]);
+pub(crate) struct Search {
+    thresholds: [f32; 16],
+    codes: [u8; 16],
+    below: [u8; 32],
+    cells_per_unit: f32,
+    steps: u32,
+}
 
-impl Tree {
-    pub(crate) const fn new(thresholds: &[f32; 15]) -> Self {
-        let mut levels = [[0.0; 16]; 4];
-        let mut level = 0;
-        while level < 4 {
-            let step = 16 >> level;
-            let mut i = 0;
-            while i < 1 << level {
-                levels[level][i] = thresholds[i * step + step / 2 - 1];
-                i += 1;
+impl Search {
+    pub(crate) const fn new(thresholds: &[f32; 15], codes: [u8; 16], reach: f32) -> Self {
+        let mut this = Self {
+            thresholds: [f32::INFINITY; 16],
+            codes,
+            below: [0; 32],
+            // Cells 1 to 31, and no rounding leads out of them.
+            cells_per_unit: (15.4 / reach).min(f32::MAX),
+            steps: 0,
+        };
+        let mut i = 0;
+        let mut steps = [0; 32];
+        while i < 15 && thresholds[i] < f32::INFINITY {
+            this.thresholds[i] = thresholds[i];
+            let mut cell = this.cell(thresholds[i]);
+            steps[cell] += 1;
+            if steps[cell] > this.steps {
+                this.steps = steps[cell];
             }
-            level += 1;
+            cell += 1;
+            while cell < 32 {
+                this.below[cell] += 1;
+                cell += 1;
+            }
+            i += 1;
         }
-        Self(levels)
+        this
+    }
+
+    /// What the low 5 bits of `x · cells_per_unit + CELL` are if it is rounded once: the product is exact in f64.
+    const fn cell(&self, x: f32) -> usize {
+        let cell = x as f64 * self.cells_per_unit as f64 + (1.5 * (1u64 << 52) as f64 + 16.0);
+        (cell.to_bits() & 31) as usize
     }
 }
 
-/// Whatever the compiler may use.
+/// At 1.5·2^23 the last bit of an f32 is worth 1; and 0 is in the middle of cell 16.
+const CELL: f32 = 12_582_928.0;
+
+/// Whatever the compiler may use, and what the others are held against.
 #[derive(Clone, Copy)]
 pub(crate) struct Plain;
 
@@ -156,17 +196,18 @@ impl Simd for Plain {
     }
 
     #[inline(always)]
-    fn rank<const N: usize>(self, tree: &Tree, x: &[[f32; 16]; N]) -> [[u8; 16]; N] {
+    fn find<const N: usize>(self, search: &Search, x: &[[f32; 16]; N]) -> [[u8; 16]; N] {
         // Counting the thresholds one by one costs 15 comparisons, but vectorizes everywhere.
-        let mut ranks = [[0; 16]; N];
-        for (level, thresholds) in tree.0.iter().enumerate() {
-            for threshold in &thresholds[..1 << level] {
-                for (rank, x) in ranks.as_flattened_mut().iter_mut().zip(x.as_flattened()) {
-                    *rank += u8::from(x > threshold);
-                }
+        let mut codes = [[0; 16]; N];
+        for threshold in &search.thresholds[..15] {
+            for (rank, x) in codes.as_flattened_mut().iter_mut().zip(x.as_flattened()) {
+                *rank += u8::from(x > threshold);
             }
         }
-        ranks
+        for code in codes.as_flattened_mut() {
+            *code = search.codes[usize::from(*code)];
+        }
+        codes
     }
 
     #[inline(always)]

@@ -17,11 +17,12 @@ impl Kernel for Encode<'_> {
     }
 }
 
+/// The codes of `src · factor`.
 #[inline(always)]
 fn encode<S: Simd>(simd: S, table: &Table16, factor: f32, src: &[f32], codes: &mut [u8]) {
     let (x, x_rest) = src.as_chunks::<16>();
     let (codes, codes_rest) = codes.as_chunks_mut::<16>();
-    // Four at a time, as each takes four steps that wait for one another.
+    // Four at a time, as each takes steps that wait for one another.
     let (x4, x1) = x.as_chunks::<4>();
     let (codes4, codes1) = codes.as_chunks_mut::<4>();
     for (codes, x) in codes4.iter_mut().zip(x4) {
@@ -48,14 +49,11 @@ fn encode16s<S: Simd, const N: usize>(
     let mut x = *x;
     for x in x.as_flattened_mut() {
         *x *= factor;
+        // Also of NaN this makes the lowest.
+        *x = if *x > -table.reach { *x } else { -table.reach };
+        *x = if *x < table.reach { *x } else { table.reach };
     }
-    let mut codes = simd.rank(&table.tree, &x);
-    if !table.is_sorted {
-        for code in codes.as_flattened_mut() {
-            *code = table.order[usize::from(*code & 15)];
-        }
-    }
-    codes
+    simd.find(&table.search, &x)
 }
 
 /// Absolute maxima of the blocks, and the codes of `x / maximum · reach`.

@@ -4,7 +4,7 @@
 use core::arch::x86_64::*;
 use std::is_x86_feature_detected as has;
 
-use super::{Isa, Kernel, Kind, MAGNITUDE, Plain, Simd, Tree, abs_max};
+use super::{CELL, Isa, Kernel, Kind, MAGNITUDE, Plain, Search, Simd, abs_max};
 
 impl Isa {
     pub(super) fn has_avx2() -> bool {
@@ -67,26 +67,32 @@ impl Simd for Avx512 {
     }
 
     #[inline(always)]
-    fn rank<const N: usize>(self, tree: &Tree, x: &[[f32; 16]; N]) -> [[u8; 16]; N] {
-        let mut ranks = [[0; 16]; N];
-        // SAFETY: self proves AVX-512; every load reads one [f32; 16], each store writes one [u8; 16].
+    fn find<const N: usize>(self, search: &Search, x: &[[f32; 16]; N]) -> [[u8; 16]; N] {
+        let mut codes = [[0; 16]; N];
+        // SAFETY: self proves AVX-512; each load reads one [f32; 16], one [u8; 16] or a half
+        // of `below`, each store writes one [u8; 16].
         unsafe {
-            let mut paths = [_mm512_setzero_si512(); N];
-            for thresholds in &tree.0 {
-                let thresholds = _mm512_loadu_ps(thresholds.as_ptr());
-                for (path, x) in paths.iter_mut().zip(x) {
-                    let threshold = _mm512_permutexvar_ps(*path, thresholds);
-                    let above =
-                        _mm512_cmp_ps_mask::<_CMP_GT_OQ>(_mm512_loadu_ps(x.as_ptr()), threshold);
-                    *path = _mm512_add_epi32(*path, *path);
-                    *path = _mm512_mask_add_epi32(*path, above, *path, _mm512_set1_epi32(1));
+            let below = search.below.as_ptr();
+            let below_low = _mm512_cvtepu8_epi32(_mm_loadu_si128(below.cast()));
+            let below_high = _mm512_cvtepu8_epi32(_mm_loadu_si128(below.add(16).cast()));
+            let thresholds = _mm512_loadu_ps(search.thresholds.as_ptr());
+            let all_codes = _mm_loadu_si128(search.codes.as_ptr().cast());
+            let scale = _mm512_set1_ps(search.cells_per_unit);
+            for (codes, x) in codes.iter_mut().zip(x) {
+                let x = _mm512_loadu_ps(x.as_ptr());
+                // Permutations take the low five bits here, the low four below.
+                let cell = _mm512_castps_si512(_mm512_fmadd_ps(x, scale, _mm512_set1_ps(CELL)));
+                let mut rank = _mm512_permutex2var_epi32(below_low, cell, below_high);
+                for _ in 0..search.steps {
+                    let threshold = _mm512_permutexvar_ps(rank, thresholds);
+                    let above = _mm512_cmp_ps_mask::<_CMP_GT_OQ>(x, threshold);
+                    rank = _mm512_mask_add_epi32(rank, above, rank, _mm512_set1_epi32(1));
                 }
-            }
-            for (ranks, path) in ranks.iter_mut().zip(paths) {
-                _mm_storeu_si128(ranks.as_mut_ptr().cast(), _mm512_cvtepi32_epi8(path));
+                let found = _mm_shuffle_epi8(all_codes, _mm512_cvtepi32_epi8(rank));
+                _mm_storeu_si128(codes.as_mut_ptr().cast(), found);
             }
         }
-        ranks
+        codes
     }
 
     #[inline(always)]
@@ -126,32 +132,55 @@ impl Simd for Avx2 {
     }
 
     #[inline(always)]
-    fn rank<const N: usize>(self, tree: &Tree, x: &[[f32; 16]; N]) -> [[u8; 16]; N] {
-        let mut ranks = [[0; 16]; N];
-        for (ranks, x) in ranks.iter_mut().zip(x) {
-            // SAFETY: self proves AVX2; the loads read 8 floats of a half of x, or the first 8 of a level, which are all
-            // that the level has; the store writes one [u8; 16].
-            unsafe {
-                let x = [_mm256_loadu_ps(x.as_ptr()), _mm256_loadu_ps(x.as_ptr().add(8))];
-                let mut paths = [_mm256_setzero_si256(); 2];
-                for thresholds in &tree.0 {
-                    let thresholds = _mm256_loadu_ps(thresholds.as_ptr());
-                    for (path, x) in paths.iter_mut().zip(x) {
-                        let threshold = _mm256_permutevar8x32_ps(thresholds, *path);
+    fn find<const N: usize>(self, search: &Search, x: &[[f32; 16]; N]) -> [[u8; 16]; N] {
+        let mut codes = [[0; 16]; N];
+        // SAFETY: self proves AVX2; the loads read `below`, `codes` and both halves of `thresholds` and of each [f32; 16], the
+        // stores write one [u8; 16].
+        unsafe {
+            let below = _mm256_loadu_si256(search.below.as_ptr().cast());
+            let below_low = _mm256_permute2x128_si256::<0x00>(below, below);
+            let below_high = _mm256_permute2x128_si256::<0x11>(below, below);
+            let low = _mm256_loadu_ps(search.thresholds.as_ptr());
+            let high = _mm256_loadu_ps(search.thresholds.as_ptr().add(8));
+            let all_codes = _mm_loadu_si128(search.codes.as_ptr().cast());
+            let scale = _mm256_set1_ps(search.cells_per_unit);
+            for (codes, x) in codes.iter_mut().zip(x) {
+                let mut halves = [_mm256_setzero_si256(); 2];
+                for (rank, x) in halves.iter_mut().zip(x.as_chunks::<8>().0) {
+                    let x = _mm256_loadu_ps(x.as_ptr());
+                    let cell = _mm256_fmadd_ps(x, scale, _mm256_set1_ps(CELL));
+                    // Only the low byte chooses; bytes with the top bit set look up 0.
+                    let cell = _mm256_or_si256(
+                        _mm256_castps_si256(cell),
+                        _mm256_set1_epi32(0x8080_8000_u32 as i32),
+                    );
+                    *rank = _mm256_blendv_epi8(
+                        _mm256_shuffle_epi8(below_low, cell),
+                        _mm256_shuffle_epi8(below_high, cell),
+                        _mm256_slli_epi16::<3>(cell),
+                    );
+                    for _ in 0..search.steps {
+                        // vpermps takes the low three bits; the fourth, moved to the sign, chooses the half.
+                        let threshold = _mm256_blendv_ps(
+                            _mm256_permutevar8x32_ps(low, *rank),
+                            _mm256_permutevar8x32_ps(high, *rank),
+                            _mm256_castsi256_ps(_mm256_slli_epi32::<28>(*rank)),
+                        );
                         // 0 or -1
                         let above = _mm256_castps_si256(_mm256_cmp_ps::<_CMP_GT_OQ>(x, threshold));
-                        *path = _mm256_sub_epi32(_mm256_add_epi32(*path, *path), above);
+                        *rank = _mm256_sub_epi32(*rank, above);
                     }
                 }
                 // Packing works in 128-bit halves: 0..4 8..12 | 4..8 12..16, put in order before the last step.
-                let words = _mm256_packus_epi32(paths[0], paths[1]);
+                let words = _mm256_packus_epi32(halves[0], halves[1]);
                 let words = _mm256_permute4x64_epi64::<0b11_01_10_00>(words);
-                let (low, high) =
+                let (first, second) =
                     (_mm256_castsi256_si128(words), _mm256_extracti128_si256::<1>(words));
-                _mm_storeu_si128(ranks.as_mut_ptr().cast(), _mm_packus_epi16(low, high));
+                let found = _mm_shuffle_epi8(all_codes, _mm_packus_epi16(first, second));
+                _mm_storeu_si128(codes.as_mut_ptr().cast(), found);
             }
         }
-        ranks
+        codes
     }
 
     #[inline(always)]

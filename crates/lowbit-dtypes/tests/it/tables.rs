@@ -172,7 +172,66 @@ fn blocks_that_cannot_be_quantized_are_errors() {
     );
 }
 
+/// Tables with levels far apart, close together, next to each other and equal, in any order and of any size.
+fn any_table() -> impl Strategy<Value = Table16> {
+    let level = prop_oneof![-1f32..1.0, -1e-3f32..1e-3, (-4i32..4).prop_map(|i| i as f32 / 4.0)];
+    let unit = prop_oneof![Just(1f32), Just(127.0), Just(1e-42), Just(1e-38), Just(f32::MAX)];
+    let neighbours = proptest::collection::vec(any::<bool>(), 16);
+    (proptest::array::uniform16(level), unit, neighbours).prop_map(|(mut levels, unit, next)| {
+        for i in 0..16 {
+            levels[i] = if next[i] && i > 0 { levels[i - 1].next_up() } else { levels[i] * unit };
+        }
+        Table16::new(levels).unwrap()
+    })
+}
+
 proptest! {
+    #[test]
+    fn any_table_finds_the_nearest_level_on_every_set(
+        table in any_table(), bits in proptest::collection::vec(any::<u32>(), 100),
+    ) {
+        let mut x: Vec<f32> = bits.iter().map(|&b| f32::from_bits(b)).collect();
+        for a in table.levels() {
+            for b in table.levels() {
+                let middle = ((f64::from(*a) + f64::from(*b)) / 2.0) as f32;
+                x.extend([middle, middle.next_up(), middle.next_down()]);
+            }
+        }
+        let alone: Vec<u8> = x.iter().map(|&x| table.code(x)).collect();
+        for (&x, &code) in x.iter().zip(&alone) {
+            if x.is_nan() {
+                continue;
+            }
+            let distance = |l: f32| (f64::from(l) - f64::from(x)).abs();
+            let levels = table.levels().iter();
+            let best = levels.clone().map(|&l| distance(l)).fold(f64::INFINITY, f64::min);
+            // A threshold is half a unit of its last place from the middle at most.
+            let slack = f64::from(x.abs()) * 2f64.powi(-23) + 2f64.powi(-149);
+            let got = distance(table.level(code));
+            prop_assert!(got == best || got <= best + slack, "{} {} {:?}", x, code, table);
+            if best == 0.0 {
+                prop_assert_eq!(table.level(code), x);
+            }
+            let first = levels.clone().position(|&l| l == table.level(code));
+            prop_assert_eq!(Some(usize::from(code)), first);
+        }
+        let max = x.iter().filter(|x| x.is_finite()).fold(0f32, |m, x| m.max(x.abs()));
+        let finite: Vec<f32> = x.iter().map(|x| if x.is_finite() { *x } else { max }).collect();
+        let mut expected = (vec![0.0; x.len().div_ceil(24)], vec![0; x.len()]);
+        for isa in Isa::available() {
+            let mut codes = vec![0; x.len()];
+            table.encode_slice_on(isa, &x, &mut codes).unwrap();
+            prop_assert_eq!(&codes, &alone, "{}", isa.name());
+            let mut got = expected.clone();
+            table.quantize_on(isa, 24, &finite, &mut got.0, &mut got.1).unwrap();
+            if Some(isa) == Isa::available().next() {
+                expected = got;
+            } else {
+                prop_assert_eq!(&got, &expected, "{}", isa.name());
+            }
+        }
+    }
+
     #[test]
     fn a_quantized_block_is_within_half_a_gap_of_its_maximum(
         x in proptest::collection::vec(-1e30f32..1e30, 1..200), block in 1usize..100,
