@@ -120,7 +120,18 @@ fn convert(c: &mut Criterion) {
             time("f32-mxfp4", &who, &mut || {
                 let outs = packed.chunks_mut(CHUNK / 2).zip(scales.chunks_mut(CHUNK / 32));
                 for (x, (packed, scales)) in black_box(&x).chunks(CHUNK).zip(outs) {
-                    Mx::Fp4.quantize_on(isa, ScaleRule::Floor, x, scales, &mut chunk).unwrap();
+                    Mx::Fp4
+                        .quantize_on(isa, ScaleRule::Floor, near, x, scales, &mut chunk)
+                        .unwrap();
+                    pack(4, &chunk, packed).unwrap();
+                }
+            });
+            time("f32-mxfp4-stochastic", &who, &mut || {
+                let outs = packed.chunks_mut(CHUNK / 2).zip(scales.chunks_mut(CHUNK / 32));
+                for (x, (packed, scales)) in black_box(&x).chunks(CHUNK).zip(outs) {
+                    Mx::Fp4
+                        .quantize_on(isa, ScaleRule::Floor, random, x, scales, &mut chunk)
+                        .unwrap();
                     pack(4, &chunk, packed).unwrap();
                 }
             });
@@ -133,7 +144,14 @@ fn convert(c: &mut Criterion) {
             });
             time("f32-mxfp8", &who, &mut || {
                 Mx::Fp8E4M3
-                    .quantize_on(isa, ScaleRule::Floor, black_box(&x), &mut scales, &mut codes)
+                    .quantize_on(
+                        isa,
+                        ScaleRule::Floor,
+                        near,
+                        black_box(&x),
+                        &mut scales,
+                        &mut codes,
+                    )
                     .unwrap();
             });
             let mut scales = vec![F8E4M3::ONE; count / 16];
@@ -141,7 +159,7 @@ fn convert(c: &mut Criterion) {
             time("f32-nvfp4", &who, &mut || {
                 let outs = packed.chunks_mut(CHUNK / 2).zip(scales.chunks_mut(CHUNK / 16));
                 for (x, (packed, scales)) in black_box(&x).chunks(CHUNK).zip(outs) {
-                    nvfp4.quantize_on(isa, x, scales, &mut chunk).unwrap();
+                    nvfp4.quantize_on(isa, near, x, scales, &mut chunk).unwrap();
                     pack(4, &chunk, packed).unwrap();
                 }
             });

@@ -186,13 +186,19 @@ fn conversions(bytes: usize, visit: &mut Visit<'_>) -> Result<()> {
     })?;
     let mut scales = vec![F8E8M0::ONE; count.div_ceil(32)];
     visit("f32", "mxfp8", bytes, &mut || {
-        Ok(Mx::Fp8E4M3.quantize(ScaleRule::Floor, black_box(&x), &mut scales, &mut codes)?)
+        Ok(Mx::Fp8E4M3.quantize(
+            ScaleRule::Floor,
+            nearest,
+            black_box(&x),
+            &mut scales,
+            &mut codes,
+        )?)
     })?;
     visit("f32", "mxfp4", bytes, &mut || {
         let to = packed.chunks_mut(CHUNK / 2).zip(scales.chunks_mut(CHUNK / 32));
         for (x, (packed, scales)) in black_box(&x).chunks(CHUNK).zip(to) {
             let codes = &mut chunk[..x.len()];
-            Mx::Fp4.quantize(ScaleRule::Floor, x, scales, codes)?;
+            Mx::Fp4.quantize(ScaleRule::Floor, nearest, x, scales, codes)?;
             pack(4, codes, packed)?;
         }
         Ok(())
@@ -212,7 +218,7 @@ fn conversions(bytes: usize, visit: &mut Visit<'_>) -> Result<()> {
         let to = packed.chunks_mut(CHUNK / 2).zip(scales.chunks_mut(CHUNK / 16));
         for (x, (packed, scales)) in black_box(&x).chunks(CHUNK).zip(to) {
             let codes = &mut chunk[..x.len()];
-            nvfp4.quantize(x, scales, codes)?;
+            nvfp4.quantize(nearest, x, scales, codes)?;
             pack(4, codes, packed)?;
         }
         Ok(())

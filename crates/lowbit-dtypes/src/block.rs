@@ -6,7 +6,7 @@ use crate::simd::blocks::{
     Float, Int8, MxDequantize, MxQuantize, Nvfp4Dequantize, Nvfp4Quantize, Scaling,
 };
 use crate::table::first_not_finite;
-use crate::{Error, F8E4M3, F8E8M0, Format};
+use crate::{Error, F8E4M3, F8E8M0, Format, Rounding};
 
 /// A microscaling format: blocks of 32 elements along a row share a power of two, an [`F8E8M0`].
 ///
@@ -14,11 +14,11 @@ use crate::{Error, F8E4M3, F8E8M0, Format};
 /// torchao. The last block may be shorter.
 ///
 /// ```
-/// use lowbit_dtypes::{F8E8M0, Mx, ScaleRule};
+/// use lowbit_dtypes::{F8E8M0, Mx, Rounding, ScaleRule};
 ///
 /// let x: Vec<f32> = (0..40).map(|i| i as f32 / 8.0).collect();
 /// let (mut scales, mut codes) = ([F8E8M0::ONE; 2], [0; 40]);
-/// Mx::Fp4.quantize(ScaleRule::Floor, &x, &mut scales, &mut codes)?;
+/// Mx::Fp4.quantize(ScaleRule::Floor, Rounding::NearestEven, &x, &mut scales, &mut codes)?;
 /// assert_eq!(scales, [F8E8M0::from_f32(0.5), F8E8M0::ONE]); // maxima 3.875 and 4.875
 ///
 /// let mut back = [0.0; 40];
@@ -81,7 +81,8 @@ impl Mx {
         }
     }
 
-    /// Quantizes to a scale a block and a code a number: the element nearest to `x / scale`, ties to even, saturating.
+    /// Quantizes to a scale a block and a code a number: `x / scale`, rounded and saturating. Stochastic rounding gives
+    /// number i the index `index + i`.
     ///
     /// A block with a NaN or an infinity gets the scale NaN and codes 0, so all of it reads as NaN. A block of zeros
     /// gets the smallest scale.
@@ -91,11 +92,12 @@ impl Mx {
     pub fn quantize(
         self,
         rule: ScaleRule,
+        rounding: Rounding,
         x: &[f32],
         scales: &mut [F8E8M0],
         codes: &mut [u8],
     ) -> Result<()> {
-        self.quantize_on(Isa::best(), rule, x, scales, codes)
+        self.quantize_on(Isa::best(), rule, rounding, x, scales, codes)
     }
 
     #[doc(hidden)]
@@ -103,6 +105,7 @@ impl Mx {
         self,
         isa: Isa,
         rule: ScaleRule,
+        rounding: Rounding,
         src: &[f32],
         scales: &mut [F8E8M0],
         codes: &mut [u8],
@@ -118,9 +121,11 @@ impl Mx {
         match self.format() {
             Some(format) => {
                 let element = Float::new(format);
-                isa.run(MxQuantize { element, scaling, src, scales, codes });
+                isa.run(MxQuantize { element, scaling, rounding, src, scales, codes });
             }
-            None => isa.run(MxQuantize { element: Int8, scaling, src, scales, codes }),
+            None => {
+                isa.run(MxQuantize { element: Int8, scaling, rounding, src, scales, codes });
+            }
         }
         Ok(())
     }
@@ -160,12 +165,12 @@ impl Mx {
 /// `x = element(code) · scale · global`: 4.5 bits a number. The last block may be shorter.
 ///
 /// ```
-/// use lowbit_dtypes::{F8E4M3, Nvfp4};
+/// use lowbit_dtypes::{F8E4M3, Nvfp4, Rounding};
 ///
 /// let x: Vec<f32> = (0..32).map(|i| i as f32 - 10.0).collect();
 /// let nvfp4 = Nvfp4::fit(&x)?;
 /// let (mut scales, mut codes) = ([F8E4M3::ONE; 2], [0; 32]);
-/// nvfp4.quantize(&x, &mut scales, &mut codes)?;
+/// nvfp4.quantize(Rounding::NearestEven, &x, &mut scales, &mut codes)?;
 /// assert_eq!(scales[1], F8E4M3::MAX); // the block with the largest number, 21
 ///
 /// let mut back = [0.0; 32];
@@ -220,20 +225,28 @@ impl Nvfp4 {
         self.global
     }
 
-    /// Quantizes to a scale a block and a code a number: `scale = e4m3(max|x| / 6 / global)`, at least the smallest scale,
-    /// and the element nearest to `x / (scale · global)`, both ties to even and saturating.
+    /// Quantizes to a scale a block and a code a number: `scale = e4m3(max|x| / 6 / global)`, to nearest even and at least
+    /// the smallest scale, and the f32 `x / (scale · global)`, rounded; both saturating. Stochastic rounding gives number i
+    /// the index `index + i`.
     ///
     /// # Errors
     /// [`Error::Length`] unless there is a scale for every 16 numbers and a code a number; nothing is written then.
     /// [`Error::NotFinite`] at the first NaN or infinity; scales and codes are unspecified then.
-    pub fn quantize(self, x: &[f32], scales: &mut [F8E4M3], codes: &mut [u8]) -> Result<()> {
-        self.quantize_on(Isa::best(), x, scales, codes)
+    pub fn quantize(
+        self,
+        rounding: Rounding,
+        x: &[f32],
+        scales: &mut [F8E4M3],
+        codes: &mut [u8],
+    ) -> Result<()> {
+        self.quantize_on(Isa::best(), rounding, x, scales, codes)
     }
 
     #[doc(hidden)]
     pub fn quantize_on(
         self,
         isa: Isa,
+        rounding: Rounding,
         src: &[f32],
         scales: &mut [F8E4M3],
         codes: &mut [u8],
@@ -244,6 +257,7 @@ impl Nvfp4 {
         isa.run(Nvfp4Quantize {
             global: self.global,
             min_scale: self.min_scale.to_f32(),
+            rounding,
             src,
             scales: bytemuck::must_cast_slice_mut(scales),
             codes,

@@ -1,8 +1,9 @@
 //! Blocks of small floats that share a scale.
 
-use super::lanes::{Decoder, Encoder};
+use super::lanes::{Decoder, Encoder, NearestAway, NearestEven, Round, Stochastic, TowardZero};
 use super::table::GROUP;
 use super::{Kernel, Simd};
+use crate::Rounding;
 use crate::block::ScaleRule;
 use crate::format::{Format, Overflow};
 
@@ -11,7 +12,7 @@ const FRACTION: u32 = 0x7f_ffff;
 
 /// The elements of an MX format.
 pub(crate) trait Element: Copy {
-    fn encode(self, x: f32) -> u8;
+    fn encode(self, x: f32, round: &impl Round) -> u8;
     fn decode(self, code: u8) -> f32;
 }
 
@@ -30,8 +31,8 @@ impl Float {
 
 impl Element for Float {
     #[inline(always)]
-    fn encode(self, x: f32) -> u8 {
-        self.e.add::<true>(x.to_bits()) as u8
+    fn encode(self, x: f32, round: &impl Round) -> u8 {
+        round.float(&self.e, x) as u8
     }
 
     #[inline(always)]
@@ -46,10 +47,8 @@ pub(crate) struct Int8;
 
 impl Element for Int8 {
     #[inline(always)]
-    fn encode(self, x: f32) -> u8 {
-        let x = (x * 64.0).clamp(-127.0, 127.0);
-        // At 1.5·2^23 the last bit is worth 1, and the low byte is the integer in two's complement.
-        (x + 12_582_912.0).to_bits() as u8
+    fn encode(self, x: f32, round: &impl Round) -> u8 {
+        round.integer((x * 64.0).clamp(-127.0, 127.0)) as u8
     }
 
     #[inline(always)]
@@ -95,6 +94,7 @@ fn pow2(e: i32) -> f32 {
 pub(crate) struct MxQuantize<'a, E> {
     pub(crate) element: E,
     pub(crate) scaling: Scaling,
+    pub(crate) rounding: Rounding,
     pub(crate) src: &'a [f32],
     pub(crate) scales: &'a mut [u8],
     pub(crate) codes: &'a mut [u8],
@@ -103,6 +103,20 @@ pub(crate) struct MxQuantize<'a, E> {
 impl<E: Element> Kernel for MxQuantize<'_, E> {
     #[inline(always)]
     fn run<S: Simd>(self, simd: S) {
+        match self.rounding {
+            Rounding::NearestEven => self.quantize(simd, NearestEven),
+            Rounding::NearestAway => self.quantize(simd, NearestAway),
+            Rounding::TowardZero => self.quantize(simd, TowardZero),
+            Rounding::Stochastic { seed, index } => {
+                self.quantize(simd, Stochastic::new(seed, index));
+            }
+        }
+    }
+}
+
+impl<E: Element> MxQuantize<'_, E> {
+    #[inline(always)]
+    fn quantize<S: Simd, R: Round>(self, simd: S, mut round: R) {
         let groups = self.src.chunks(32 * GROUP).zip(self.codes.chunks_mut(32 * GROUP));
         for ((x, codes), scales) in groups.zip(self.scales.chunks_mut(GROUP)) {
             let (blocks, rest) = x.as_chunks::<32>();
@@ -125,19 +139,26 @@ impl<E: Element> Kernel for MxQuantize<'_, E> {
             scales.copy_from_slice(&scale_codes[..scales.len()]);
             let (codes, codes_rest) = codes.as_chunks_mut::<32>();
             for ((x, codes), factor) in blocks.iter().zip(codes).zip(factors) {
-                multiply_block(self.element, factor, x, codes);
+                multiply_block(self.element, &mut round, factor, x, codes);
             }
             if !rest.is_empty() {
-                multiply_block(self.element, factors[blocks.len()], rest, codes_rest);
+                multiply_block(self.element, &mut round, factors[blocks.len()], rest, codes_rest);
             }
         }
     }
 }
 
 #[inline(always)]
-fn multiply_block<E: Element>(element: E, factor: f32, x: &[f32], codes: &mut [u8]) {
+fn multiply_block<E: Element, R: Round>(
+    element: E,
+    round: &mut R,
+    factor: f32,
+    x: &[f32],
+    codes: &mut [u8],
+) {
     for (code, &x) in codes.iter_mut().zip(x) {
-        *code = element.encode(x * factor);
+        *code = element.encode(x * factor, round);
+        round.next();
     }
 }
 
@@ -178,6 +199,7 @@ fn decode_block<E: Element>(element: E, scale: f32, codes: &[u8], dst: &mut [f32
 pub(crate) struct Nvfp4Quantize<'a> {
     pub(crate) global: f32,
     pub(crate) min_scale: f32,
+    pub(crate) rounding: Rounding,
     pub(crate) src: &'a [f32],
     pub(crate) scales: &'a mut [u8],
     pub(crate) codes: &'a mut [u8],
@@ -188,6 +210,20 @@ pub(crate) struct Nvfp4Quantize<'a> {
 impl Kernel for Nvfp4Quantize<'_> {
     #[inline(always)]
     fn run<S: Simd>(self, simd: S) {
+        match self.rounding {
+            Rounding::NearestEven => self.quantize(simd, NearestEven),
+            Rounding::NearestAway => self.quantize(simd, NearestAway),
+            Rounding::TowardZero => self.quantize(simd, TowardZero),
+            Rounding::Stochastic { seed, index } => {
+                self.quantize(simd, Stochastic::new(seed, index));
+            }
+        }
+    }
+}
+
+impl Nvfp4Quantize<'_> {
+    #[inline(always)]
+    fn quantize<S: Simd, R: Round>(self, simd: S, mut round: R) {
         let nvfp4 = Nvfp4Lanes::new();
         let groups = self.src.chunks(16 * GROUP).zip(self.codes.chunks_mut(16 * GROUP));
         for ((x, codes), scales) in groups.zip(self.scales.chunks_mut(GROUP)) {
@@ -203,25 +239,28 @@ impl Kernel for Nvfp4Quantize<'_> {
             let mut scale_codes = [0; GROUP];
             for (step, code) in steps.iter_mut().zip(&mut scale_codes) {
                 *self.not_finite |= !step.is_finite();
-                *code = nvfp4.scale.encode((*step / 6.0 / self.global).max(self.min_scale));
+                *code = nvfp4
+                    .scale
+                    .encode((*step / 6.0 / self.global).max(self.min_scale), &NearestEven);
                 *step = nvfp4.scale.decode(*code) * self.global;
             }
             scales.copy_from_slice(&scale_codes[..scales.len()]);
             let (codes, codes_rest) = codes.as_chunks_mut::<16>();
             for ((x, codes), step) in blocks.iter().zip(codes).zip(steps) {
-                divide_block(nvfp4.element, step, x, codes);
+                divide_block(nvfp4.element, &mut round, step, x, codes);
             }
             if !rest.is_empty() {
-                divide_block(nvfp4.element, steps[blocks.len()], rest, codes_rest);
+                divide_block(nvfp4.element, &mut round, steps[blocks.len()], rest, codes_rest);
             }
         }
     }
 }
 
 #[inline(always)]
-fn divide_block(element: Float, step: f32, x: &[f32], codes: &mut [u8]) {
+fn divide_block<R: Round>(element: Float, round: &mut R, step: f32, x: &[f32], codes: &mut [u8]) {
     for (code, &x) in codes.iter_mut().zip(x) {
-        *code = element.encode(x / step);
+        *code = element.encode(x / step, round);
+        round.next();
     }
 }
 

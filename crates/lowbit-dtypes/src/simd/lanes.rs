@@ -161,8 +161,7 @@ pub(crate) fn encode<C: Code>(
         Rounding::NearestAway => run(isa, method, NearestAway, operands),
         Rounding::TowardZero => run(isa, method, TowardZero, operands),
         Rounding::Stochastic { seed, index } => {
-            let counter = random_key(seed).wrapping_add(index.wrapping_mul(GOLDEN_GAMMA));
-            run(isa, method, Stochastic { counter }, operands);
+            run(isa, method, Stochastic::new(seed, index), operands);
         }
     }
 }
@@ -229,7 +228,7 @@ impl Encoder {
     /// bit is worth `p/2^M`, as in the target, so the addition rounds as the target does, and leaves x's significand in
     /// the low bits: 0 .. 2^(M+1). Adding p's exponent counts it in; the hidden bit in the significand is one of it.
     #[inline(always)]
-    pub(super) fn add<const PLAIN: bool>(&self, bits: u32) -> u32 {
+    fn add<const PLAIN: bool>(&self, bits: u32) -> u32 {
         let a = (bits & MAGNITUDE).min(self.limit);
         let p = a.max(self.min_normal) & INFINITY;
         let sum = f32::from_bits(a) + f32::from_bits(p) * self.magic;
@@ -267,23 +266,46 @@ impl Encoder {
 }
 
 /// `significand / 2^shift` as an integer; `1 <= shift`. The rules of `format::shift_right`, with 32 bits.
-trait Round: Copy {
+pub(crate) trait Round: Copy {
     fn round(&self, significand: u32, shift: u32) -> u32;
 
     /// To the next element.
     #[inline(always)]
     fn next(&mut self) {}
+
+    /// The code of an f32 in a saturating format with a negative zero.
+    #[inline(always)]
+    fn float(&self, e: &Encoder, x: f32) -> u32 {
+        e.shift(x.to_bits(), self)
+    }
+
+    /// The integer in two's complement; |x| is below 2^22.
+    #[inline(always)]
+    fn integer(&self, x: f32) -> u32 {
+        let bits = x.to_bits();
+        let field = bits >> 23 & 0xff;
+        // Subnormals are as good as zero.
+        let significand = bits & 0x7f_ffff | if field > 0 { 0x80_0000 } else { 0 };
+        let magnitude = self.round(significand, 150 - field);
+        if bits > MAGNITUDE { magnitude.wrapping_neg() } else { magnitude }
+    }
 }
 
 #[derive(Clone, Copy)]
-struct NearestEven;
+pub(super) struct NearestEven;
 #[derive(Clone, Copy)]
-struct NearestAway;
+pub(super) struct NearestAway;
 #[derive(Clone, Copy)]
-struct TowardZero;
+pub(super) struct TowardZero;
 #[derive(Clone, Copy)]
-struct Stochastic {
+pub(super) struct Stochastic {
     counter: u64,
+}
+
+impl Stochastic {
+    pub(super) fn new(seed: u64, index: u64) -> Self {
+        Self { counter: random_key(seed).wrapping_add(index.wrapping_mul(GOLDEN_GAMMA)) }
+    }
 }
 
 /// A significand has 24 bits: beyond this shift a half is never reached.
@@ -294,6 +316,17 @@ impl Round for NearestEven {
     fn round(&self, significand: u32, shift: u32) -> u32 {
         let shift = shift.min(MAX_SHIFT);
         (significand + (1 << (shift - 1)) - 1 + (significand >> shift & 1)) >> shift
+    }
+
+    #[inline(always)]
+    fn float(&self, e: &Encoder, x: f32) -> u32 {
+        e.add::<true>(x.to_bits())
+    }
+
+    #[inline(always)]
+    fn integer(&self, x: f32) -> u32 {
+        // At 1.5·2^23 the last bit is worth 1, and the low bits are the integer in two's complement.
+        (x + 12_582_912.0).to_bits()
     }
 }
 
@@ -429,7 +462,7 @@ pub(crate) fn encode_f64_stochastic<C: Code>(
         }
         return;
     }
-    let counter = random_key(seed).wrapping_add(index.wrapping_mul(GOLDEN_GAMMA));
+    let Stochastic { counter } = Stochastic::new(seed, index);
     let lowest = (format.lowest_exponent() + 1023) as u64;
     isa.run(StochasticF64 { e: Encoder::new(format, overflow), lowest, counter, src, dst });
 }

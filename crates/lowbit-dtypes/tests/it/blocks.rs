@@ -1,11 +1,14 @@
 //! MX and NVFP4 against blocks quantized elsewhere, and against single numbers.
 
+use crate::slices::{ROUNDINGS, at};
 use lowbit_dtypes::*;
 use proptest::prelude::*;
 
 const ALL: [Mx; 6] = [Mx::Fp8E4M3, Mx::Fp8E5M2, Mx::Fp6E2M3, Mx::Fp6E3M2, Mx::Fp4, Mx::Int8];
 const RULES: [ScaleRule; 4] =
     [ScaleRule::Floor, ScaleRule::Ceil, ScaleRule::Even, ScaleRule::Rceil];
+
+const NEAREST: Rounding = Rounding::NearestEven;
 
 fn f32s(bytes: &[u8]) -> Vec<f32> {
     bytes.as_chunks::<4>().0.iter().map(|&b| f32::from_le_bytes(b)).collect()
@@ -29,18 +32,18 @@ fn mx_blocks_are_the_golden_ones_under_every_rule() {
         ];
         for (mx, golden) in golden {
             for (rule, golden) in RULES.into_iter().zip(golden.chunks(16 + 512)) {
-                mx.quantize_on(isa, rule, &x, &mut scales, &mut codes).unwrap();
+                mx.quantize_on(isa, rule, NEAREST, &x, &mut scales, &mut codes).unwrap();
                 assert_eq!(bits(&scales), golden[..16], "{mx:?} {rule:?}");
                 assert_eq!(codes, golden[16..], "{mx:?} {rule:?}");
             }
-            mx.quantize_on(isa, ScaleRule::Floor, &x, &mut scales, &mut codes).unwrap();
+            mx.quantize_on(isa, ScaleRule::Floor, NEAREST, &x, &mut scales, &mut codes).unwrap();
             let mut back = vec![0.0; 512];
             mx.dequantize_on(isa, &scales, &codes, &mut back).unwrap();
             let expected = f32s(&golden[4 * (16 + 512)..]);
             assert_eq!(bits(&back), bits(&expected), "{mx:?}");
         }
         let golden = include_bytes!("../data/mxint8.bin");
-        Mx::Int8.quantize_on(isa, ScaleRule::Floor, &x, &mut scales, &mut codes).unwrap();
+        Mx::Int8.quantize_on(isa, ScaleRule::Floor, NEAREST, &x, &mut scales, &mut codes).unwrap();
         assert_eq!(bits(&scales), golden[..16]);
         assert_eq!(codes, golden[16..]);
     }
@@ -59,7 +62,7 @@ fn nvfp4_blocks_are_the_golden_ones() {
         assert_eq!(nvfp4.global(), global);
         for isa in Isa::available() {
             let (mut scales, mut codes) = (vec![F8E4M3::ONE; 32], vec![0; 512]);
-            nvfp4.quantize_on(isa, &x, &mut scales, &mut codes).unwrap();
+            nvfp4.quantize_on(isa, NEAREST, &x, &mut scales, &mut codes).unwrap();
             assert_eq!(bits(&scales), golden[2052..2084]);
             assert_eq!(codes, golden[2084..2596]);
             let mut packed = [0; 256];
@@ -93,7 +96,7 @@ fn the_error_of_gaussian_blocks_is_the_one_known_for_each_rule() {
         (Mx::Fp6E2M3, [0.000811, 0.001341, 0.000802, 0.000808]),
     ] {
         for (rule, known) in RULES.into_iter().zip(known) {
-            mx.quantize(rule, &x, &mut scales, &mut codes).unwrap();
+            mx.quantize(rule, NEAREST, &x, &mut scales, &mut codes).unwrap();
             mx.dequantize(&scales, &codes, &mut back).unwrap();
             let sum: f64 = x.iter().zip(&back).map(|(x, y)| f64::from(x - y).powi(2)).sum();
             let error = sum / x.len() as f64;
@@ -109,7 +112,7 @@ fn a_block_that_is_not_finite_reads_as_nan_and_leaves_the_others_alone() {
             let mut x = vec![1.5; 70];
             x[40] = bad;
             let (mut scales, mut codes) = (vec![F8E8M0::ONE; 3], vec![0; 70]);
-            mx.quantize(ScaleRule::Rceil, &x, &mut scales, &mut codes).unwrap();
+            mx.quantize(ScaleRule::Rceil, NEAREST, &x, &mut scales, &mut codes).unwrap();
             let mut back = vec![0.0; 70];
             mx.dequantize(&scales, &codes, &mut back).unwrap();
             assert!(back[32..64].iter().all(|x| x.is_nan()));
@@ -122,7 +125,7 @@ fn a_block_that_is_not_finite_reads_as_nan_and_leaves_the_others_alone() {
     let error = Err(Error::NotFinite { value: f32::NEG_INFINITY, index: 17 });
     assert_eq!(Nvfp4::fit(&x).map(|_| ()), error);
     let one = Nvfp4::with_global(1.0).unwrap();
-    assert_eq!(one.quantize(&x, &mut scales, &mut codes), error);
+    assert_eq!(one.quantize(NEAREST, &x, &mut scales, &mut codes), error);
 }
 
 #[test]
@@ -130,13 +133,13 @@ fn zeros_stay_zeros() {
     let x = [0.0; 33];
     for mx in ALL {
         let (mut scales, mut codes, mut back) = ([F8E8M0::ONE; 2], [9; 33], [9.0; 33]);
-        mx.quantize(ScaleRule::Floor, &x, &mut scales, &mut codes).unwrap();
+        mx.quantize(ScaleRule::Floor, NEAREST, &x, &mut scales, &mut codes).unwrap();
         mx.dequantize(&scales, &codes, &mut back).unwrap();
         assert_eq!((scales, codes, back), ([F8E8M0::MIN; 2], [0; 33], x));
     }
     let (mut scales, mut codes, mut back) = ([F8E4M3::ONE; 3], [9; 33], [9.0; 33]);
     let nvfp4 = Nvfp4::fit(&x).unwrap().with_min_scale(F8E4M3::MIN_POSITIVE);
-    nvfp4.quantize(&x, &mut scales, &mut codes).unwrap();
+    nvfp4.quantize(NEAREST, &x, &mut scales, &mut codes).unwrap();
     nvfp4.dequantize(&scales, &codes, &mut back).unwrap();
     assert_eq!((scales, codes, back), ([F8E4M3::MIN_POSITIVE; 3], [0; 33], x));
 }
@@ -146,7 +149,7 @@ fn lengths_that_differ_are_errors_before_anything_is_written() {
     let x = [1.0; 33];
     let (mut scales, mut codes) = ([F8E8M0::ONE; 1], [9; 33]);
     assert_eq!(
-        Mx::Fp4.quantize(ScaleRule::Floor, &x, &mut scales, &mut codes),
+        Mx::Fp4.quantize(ScaleRule::Floor, NEAREST, &x, &mut scales, &mut codes),
         Err(Error::Length { what: "scales", expected: 2, got: 1 })
     );
     assert_eq!(
@@ -155,7 +158,7 @@ fn lengths_that_differ_are_errors_before_anything_is_written() {
     );
     let nvfp4 = Nvfp4::fit(&x).unwrap();
     assert_eq!(
-        nvfp4.quantize(&x, &mut [F8E4M3::ONE; 3], &mut codes[..32]),
+        nvfp4.quantize(NEAREST, &x, &mut [F8E4M3::ONE; 3], &mut codes[..32]),
         Err(Error::Length { what: "codes", expected: 33, got: 32 })
     );
     assert_eq!(
@@ -171,7 +174,41 @@ fn rceil(max: f64, largest: f64) -> i32 {
     (-127..128).find(|&e| max <= largest * 2f64.powi(e)).unwrap_or(127)
 }
 
+/// x as an integer of 8 bits.
+fn integer(x: f64, rounding: Rounding) -> i8 {
+    let x = x.clamp(-127.0, 127.0);
+    let rounded = match rounding {
+        Rounding::NearestEven => x.round_ties_even(),
+        Rounding::NearestAway => x.round(),
+        Rounding::TowardZero => x.trunc(),
+        Rounding::Stochastic { seed, index } => {
+            let fixed = (x.abs() * 2f64.powi(32)) as u64 + u64::from(random(seed, index));
+            x.signum() * (fixed >> 32) as f64
+        }
+    };
+    rounded as i8
+}
+
 proptest! {
+    /// NVFP4's codes are those of single numbers, too.
+    #[test]
+    fn nvfp4_elements_are_rounded_as_single_numbers_are(
+        x in proptest::collection::vec(-100f32..100.0, 0..100),
+    ) {
+        let nvfp4 = Nvfp4::with_global(0.01).unwrap();
+        for rounding in ROUNDINGS {
+            for isa in Isa::available() {
+                let (mut scales, mut codes) = (vec![F8E4M3::ONE; x.len().div_ceil(16)], vec![0; x.len()]);
+                nvfp4.quantize_on(isa, rounding, &x, &mut scales, &mut codes).unwrap();
+                for (i, x) in x.iter().enumerate() {
+                    let scaled = x / (scales[i / 16].to_f32() * nvfp4.global());
+                    let code = Format::F4E2M1.encode_with(scaled, at(rounding, i), Overflow::Saturate);
+                    prop_assert_eq!(codes[i], code, "{:?} {} {}", rounding, isa.name(), scaled);
+                }
+            }
+        }
+    }
+
     /// Codes are those of `Format::encode` on `x / scale`, for any length, on every instruction set.
     #[test]
     fn elements_are_rounded_as_single_numbers_are(
@@ -183,18 +220,17 @@ proptest! {
             .map(|b| f32::from_bits(b & 0x807f_ffff | (127 - spread / 2 + (b >> 23 & 0xff) % (spread + 1)) << 23))
             .collect();
         for mx in ALL {
-            for rule in RULES {
+            for (rule, rounding) in RULES.into_iter().flat_map(|rule| ROUNDINGS.map(|rounding| (rule, rounding))) {
                 for isa in Isa::available() {
                     let (mut scales, mut codes) = (vec![F8E8M0::ONE; x.len().div_ceil(32)], vec![0; x.len()]);
-                    mx.quantize_on(isa, rule, &x, &mut scales, &mut codes).unwrap();
+                    mx.quantize_on(isa, rule, rounding, &x, &mut scales, &mut codes).unwrap();
                     for (i, &x) in x.iter().enumerate() {
                         let scaled = f64::from(x) / scales[i / 32].to_f64();
                         let code = match mx.format() {
-                            Some(format) =>
-                                format.encode_f64(scaled, Rounding::NearestEven, Overflow::Saturate),
-                            None => (scaled * 64.0).round_ties_even().clamp(-127.0, 127.0) as i8 as u8,
+                            Some(format) => format.encode_f64(scaled, at(rounding, i), Overflow::Saturate),
+                            None => integer(scaled * 64.0, at(rounding, i)) as u8,
                         };
-                        prop_assert_eq!(codes[i], code);
+                        prop_assert_eq!(codes[i], code, "{:?} {:?} {} {}", mx, rounding, isa.name(), scaled);
                     }
                     if rule == ScaleRule::Rceil {
                         let largest = mx.format().map_or(127.0 / 64.0, |f| f.max().into());
@@ -217,9 +253,9 @@ proptest! {
         for mx in ALL {
             for rule in RULES {
                 let (mut scale, mut codes) = ([F8E8M0::ONE], [0; 32]);
-                mx.quantize(rule, &x, &mut scale, &mut codes).unwrap();
+                mx.quantize(rule, NEAREST, &x, &mut scale, &mut codes).unwrap();
                 let (mut moved, mut same) = ([F8E8M0::ONE], [0; 32]);
-                mx.quantize(rule, &y, &mut moved, &mut same).unwrap();
+                mx.quantize(rule, NEAREST, &y, &mut moved, &mut same).unwrap();
                 if x.iter().any(|&x| x.abs() > 1e-3) {
                     prop_assert_eq!(i32::from(moved[0].to_bits()), i32::from(scale[0].to_bits()) + k);
                     prop_assert_eq!(codes, same);
@@ -237,11 +273,11 @@ proptest! {
         let (mut scales, mut codes) = (vec![F8E8M0::ONE; x.len().div_ceil(32)], vec![0; x.len()]);
         for mx in ALL {
             for rule in RULES {
-                mx.quantize(rule, &x, &mut scales, &mut codes).unwrap();
+                mx.quantize(rule, NEAREST, &x, &mut scales, &mut codes).unwrap();
             }
         }
         if let Ok(nvfp4) = Nvfp4::with_global(global) {
-            let _ = nvfp4.quantize(&x, &mut vec![F8E4M3::ONE; x.len().div_ceil(16)], &mut codes);
+            let _ = nvfp4.quantize(NEAREST, &x, &mut vec![F8E4M3::ONE; x.len().div_ceil(16)], &mut codes);
         }
         let _ = Table16::NF4.quantize(7, &x, &mut vec![0.0; x.len().div_ceil(7)], &mut codes);
     }
