@@ -1,8 +1,14 @@
 use alloc::format;
 
 use lowbit_dtypes::{Format, Overflow};
+use pulp::{Simd, WithSimd};
 
-use crate::{Error, Mat, MatRef, Params, Result, range::ordered, rounding::nearest_even};
+use crate::{
+    Error, Mat, MatRef, Params, Result,
+    range::Extent,
+    rounding::{nearest_even, nearest_even_i32},
+    simd,
+};
 
 /// How a layer's input is quantized before the product. The default, `None` in
 /// [`QLinear`](crate::QLinear), keeps it in f32.
@@ -172,15 +178,15 @@ impl QActivations {
         let group_size = scheme.group_size(k);
         let mut codes = Mat::zeros(m, k);
         let mut params = Mat::zeros(m, k.div_ceil(group_size));
-        let mut all = ordered::NONE;
+        let mut all = Extent::NONE;
         for (row, x) in x.iter_rows().enumerate() {
-            let range = ordered::extremes(x);
-            if !ordered::is_finite(range) && !x.is_empty() {
+            let extent = Extent::best(x);
+            if !extent.is_finite() {
                 return Err(not_finite(x).at_row(row));
             }
-            all = ordered::join(all, range);
+            all = all.join(extent);
         }
-        let of_range = |range: (i32, i32)| scheme.dtype.params(ordered::values(range));
+        let of_range = |extent: Extent| scheme.dtype.params(extent.ends());
         let whole = match scheme.scales {
             ActivationScales::Static { scale, zero_point } => Some((scale, zero_point)),
             ActivationScales::PerTensor if m > 0 && k > 0 => Some(of_range(all)?),
@@ -193,7 +199,7 @@ impl QActivations {
             for ((x, codes), params) in groups.zip(params) {
                 let (scale, zero) = match whole {
                     Some(params) => params,
-                    None => of_range(ordered::extremes(x))?,
+                    None => of_range(Extent::best(x))?,
                 };
                 for (&x, code) in x.iter().zip(codes) {
                     *code = encode(scheme.dtype, x, scale, zero);
@@ -296,8 +302,7 @@ fn same_length(what: &'static str, expected: usize, got: usize) -> Result<()> {
 /// Quantizes one row of activations to int8: `scale = max|x| / 127`, `code = round(x / scale)`,
 /// ties to even. Codes lie in −127..=127. A row of zeros gets scale 1.
 ///
-/// Returns the scale. This is [`ActivationScheme::INT8_PER_TOKEN`] for kernels: it is inlined, and
-/// so compiled for the instructions that its caller is compiled for.
+/// Returns the scale. This is [`ActivationScheme::INT8_PER_TOKEN`], for kernels.
 ///
 /// # Errors
 /// [`Error::Length`] if `codes` is not as long as `x`; [`Error::NotFinite`] (row 0) at the first
@@ -310,31 +315,40 @@ fn same_length(what: &'static str, expected: usize, got: usize) -> Result<()> {
 /// assert_eq!((codes, scale), ([50, -127, 0], 0.01));
 /// # Ok::<(), lowbit_core::Error>(())
 /// ```
-#[inline(always)]
 pub fn quantize_row_int8(x: &[f32], codes: &mut [i8]) -> Result<f32> {
+    struct Int8<'a>(&'a [f32], &'a mut [i8]);
+    impl WithSimd for Int8<'_> {
+        type Output = Option<f32>;
+
+        #[inline(always)]
+        fn with_simd<S: Simd>(self, _: S) -> Option<f32> {
+            let Self(x, codes) = self;
+            // As integers the absolute values keep their order, and NaN is larger than infinity:
+            // the maximum finds both, and the loop vectorizes.
+            let max = x.iter().fold(0, |max, x| max.max(x.to_bits() & 0x7fff_ffff));
+            if max >= f32::INFINITY.to_bits() {
+                return None;
+            }
+            let scale = match f32::from_bits(max) / 127.0 {
+                0.0 => 1.0,
+                scale => scale,
+            };
+            for (&x, code) in x.iter().zip(codes) {
+                // |x / scale| <= 127.00002, or up to 254 where a subnormal scale was rounded down
+                *code = nearest_even_i32((x / scale).clamp(-127.0, 127.0)) as i8;
+            }
+            Some(scale)
+        }
+    }
     same_length("int8 codes", x.len(), codes.len())?;
-    // As integers the absolute values keep their order, and NaN is larger than infinity: the
-    // maximum finds both, and the loop vectorizes.
-    let max = x.iter().fold(0, |max, x| max.max(x.to_bits() & 0x7fff_ffff));
-    if max >= f32::INFINITY.to_bits() {
-        return Err(not_finite(x));
-    }
-    let scale = match f32::from_bits(max) / 127.0 {
-        0.0 => 1.0,
-        scale => scale,
-    };
-    for (&x, code) in x.iter().zip(codes) {
-        // |x / scale| <= 127.00002, or up to 254 where the scale is subnormal and was rounded down
-        *code = nearest_even(x / scale).clamp(-127.0, 127.0) as i8;
-    }
-    Ok(scale)
+    simd::dispatch(Int8(x, codes)).ok_or_else(|| not_finite(x))
 }
 
 /// Quantizes one row of activations to uint8: `scale = (hi − lo) / 255` over a range that contains
 /// 0, `zero_point = round(−lo / scale)`, `code = clamp(round(x / scale) + zero_point, 0, 255)`; all
 /// ties to even, as ONNX's `DynamicQuantizeLinear`. A row of zeros gets scale 1.
 ///
-/// Returns scale and zero-point. As [`quantize_row_int8`], it is inlined.
+/// Returns scale and zero-point.
 ///
 /// # Errors
 /// As [`quantize_row_int8`].
@@ -346,28 +360,37 @@ pub fn quantize_row_int8(x: &[f32], codes: &mut [i8]) -> Result<f32> {
 /// assert_eq!((codes, zero_point), ([0, 100, 255], 100));
 /// # Ok::<(), lowbit_core::Error>(())
 /// ```
-#[inline(always)]
 pub fn quantize_row_uint8(x: &[f32], codes: &mut [u8]) -> Result<(f32, u8)> {
+    struct Uint8<'a>(&'a [f32], &'a mut [u8], f32, u8);
+    impl WithSimd for Uint8<'_> {
+        type Output = ();
+
+        #[inline(always)]
+        fn with_simd<S: Simd>(self, _: S) {
+            let Self(x, codes, scale, zero_point) = self;
+            let zero = i32::from(zero_point);
+            let (lowest, highest) = (-f32::from(zero_point), 255.0 - f32::from(zero_point));
+            for (&x, code) in x.iter().zip(codes) {
+                *code = (nearest_even_i32((x / scale).max(lowest).min(highest)) + zero) as u8;
+            }
+        }
+    }
     same_length("uint8 codes", x.len(), codes.len())?;
     if x.is_empty() {
         return Ok((1.0, 0));
     }
-    let range = ordered::extremes(x);
-    if !ordered::is_finite(range) {
+    let extent = Extent::best(x);
+    if !extent.is_finite() {
         return Err(not_finite(x));
     }
-    let (scale, zero_point) = ActivationType::UInt8.params(ordered::values(range))?;
-    for (&x, code) in x.iter().zip(codes) {
-        let steps = nearest_even((x / scale).clamp(-512.0, 512.0));
-        *code = (steps + f32::from(zero_point)).clamp(0.0, 255.0) as u8;
-    }
+    let (scale, zero_point) = ActivationType::UInt8.params(extent.ends())?;
+    simd::dispatch(Uint8(x, codes, scale, zero_point));
     Ok((scale, zero_point))
 }
 
 /// `Σ codes` of each `group_size` codes of a row, as far as there is room in `sums`.
 ///
-/// Exact for rows of fewer than 2^16 codes of 16 bits, or 2^23 of 8 bits. As
-/// [`quantize_row_int8`], it is inlined.
+/// Exact for rows of fewer than 2^16 codes of 16 bits, or 2^23 of 8 bits.
 ///
 /// # Example
 /// ```
@@ -375,9 +398,21 @@ pub fn quantize_row_uint8(x: &[f32], codes: &mut [u8]) -> Result<(f32, u8)> {
 /// lowbit_core::group_sums(&[1_i8, 2, 3, -4, 5], 3, &mut sums);
 /// assert_eq!(sums, [6, 1]);
 /// ```
-#[inline(always)]
 pub fn group_sums<C: Copy + Into<i32>>(codes: &[C], group_size: usize, sums: &mut [i32]) {
-    for (codes, sum) in codes.chunks(group_size.max(1)).zip(sums) {
-        *sum = codes.iter().fold(0, |sum: i32, &code| sum.wrapping_add(code.into()));
+    struct Sums<'a, C>(&'a [C], usize, &'a mut [i32]);
+    impl<C: Copy + Into<i32>> WithSimd for Sums<'_, C> {
+        type Output = ();
+
+        #[inline(always)]
+        fn with_simd<S: Simd>(self, _: S) {
+            for (codes, sum) in self.0.chunks(self.1.max(1)).zip(self.2) {
+                let mut total = 0_i32;
+                for &code in codes {
+                    total = total.wrapping_add(code.into());
+                }
+                *sum = total;
+            }
+        }
     }
+    simd::dispatch(Sums(codes, group_size, sums));
 }

@@ -1,4 +1,7 @@
-use crate::{Error, Params, QuantScheme, Result, Rounding, ScaleFormat, ZeroFormat};
+use crate::{
+    Error, Params, QuantScheme, Result, Rounding, ScaleFormat, ZeroFormat,
+    rounding::{nearest_even, nearest_even_i32},
+};
 
 /// How scales and codes are chosen for given weights: everything about round-to-nearest that is
 /// not stored with the result (see [`QuantScheme`] for what is).
@@ -91,136 +94,196 @@ pub enum Division {
     ExactReciprocal,
 }
 
-/// The grid of one block, and how to get onto it.
+/// What all blocks of a matrix share: how a range becomes a grid, and a weight a code.
 #[derive(Clone, Copy, Debug)]
+pub(crate) struct Plan {
+    pub(crate) scheme: QuantScheme,
+    pub(crate) fit: Fit,
+    max_code: f32,
+    midpoint: f32,
+    /// The lowest code in use; the highest is always `max_code`.
+    lowest: f32,
+}
+
+/// The grid of one block, small because there is one for every 32 weights or fewer.
+#[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct Grid {
     /// What is stored.
     pub(crate) params: Params,
-    /// Weights are taken relative to this, then divided by or multiplied with `factor`.
+    /// Weights are taken relative to this, then divided by (or multiplied with) `factor`.
     offset: f32,
     factor: f32,
     reciprocal: bool,
-    /// Added before and after rounding.
-    real_zero: f32,
-    int_zero: f32,
-    lowest: f32,
-    highest: f32,
-    rounding: Rounding,
 }
 
-impl Grid {
-    /// The grid for a range; `extreme` is the weight of the largest magnitude.
-    ///
-    /// Fails with the scale before rounding if a level would not be a finite number.
-    pub(crate) fn new(
-        scheme: QuantScheme,
-        fit: &Fit,
-        (lo, hi): (f32, f32),
-        extreme: f32,
-    ) -> Result<Self, f32> {
-        let max_code = f32::from(scheme.dtype.max_code());
+impl Plan {
+    pub(crate) fn new(scheme: QuantScheme, fit: &Fit) -> Self {
         let midpoint = f32::from(scheme.midpoint());
-        let symmetric = scheme.zero == ZeroFormat::Midpoint;
-        // The range of an integer zero contains 0.
-        let (lo, hi) = match scheme.zero {
-            ZeroFormat::Midpoint | ZeroFormat::Int => (lo.min(0.0), hi.max(0.0)),
-            ZeroFormat::Real(_) | ZeroFormat::Offset(_) => (lo, hi),
-        };
+        let restricted = scheme.zero == ZeroFormat::Midpoint
+            && fit.symmetric == SymmetricScale::Restricted
+            && midpoint > 1.0;
+        Self {
+            scheme,
+            fit: *fit,
+            max_code: f32::from(scheme.dtype.max_code()),
+            midpoint,
+            lowest: if restricted { 1.0 } else { 0.0 },
+        }
+    }
+
+    /// Whether the smallest and largest weight of a block say all that its grid depends on.
+    #[inline(always)]
+    pub(crate) fn is_min_max(&self) -> bool {
+        let sign_counts = self.fit.symmetric == SymmetricScale::SignedExtreme;
+        self.fit.range == Range::MinMax
+            && !(self.scheme.zero == ZeroFormat::Midpoint && sign_counts)
+    }
+
+    /// The scale for a range before it is rounded to its format; never 0. `extreme` is the weight of
+    /// the largest magnitude.
+    #[inline(always)]
+    pub(crate) fn exact_scale(&self, range: (f32, f32), extreme: f32) -> f32 {
+        let (lo, hi) = self.extend(range);
+        let symmetric = self.scheme.zero == ZeroFormat::Midpoint;
+        if lo == hi {
+            return match self.scheme.zero {
+                // The one weight, c, is |c| · (0 − zero) with zero = ±1.
+                ZeroFormat::Real(_) if lo != 0.0 => lo.abs(),
+                _ => 1.0,
+            };
+        }
         let exact = if symmetric {
             let amax = hi.max(-lo);
-            match fit.symmetric {
-                SymmetricScale::HalfStep => amax / (max_code / 2.0),
-                SymmetricScale::Restricted => amax / (midpoint - 1.0).max(1.0),
-                SymmetricScale::Full => amax / midpoint,
-                SymmetricScale::SignedExtreme => (-amax / midpoint).copysign(-extreme),
+            match self.fit.symmetric {
+                SymmetricScale::HalfStep => amax / (self.max_code / 2.0),
+                SymmetricScale::Restricted => amax / (self.midpoint - 1.0).max(1.0),
+                SymmetricScale::Full => amax / self.midpoint,
+                SymmetricScale::SignedExtreme => (-amax / self.midpoint).copysign(-extreme),
             }
         } else if (hi - lo).is_finite() {
-            (hi - lo) / max_code
+            (hi - lo) / self.max_code
         } else {
-            hi / max_code - lo / max_code
+            hi / self.max_code - lo / self.max_code
         };
-        // A scale of 0 is either a constant block or a quotient too small for f32.
-        let constant = lo == hi;
-        let scale = match scheme.zero {
-            _ if constant && lo == 0.0 => 1.0,
-            ZeroFormat::Real(_) if constant => scheme.scale_format.round(lo.abs()),
-            ZeroFormat::Offset(_) if constant => 1.0,
-            _ if exact == 0.0 => scheme.scale_format.round(f32::from_bits(1).copysign(exact)),
-            _ => scheme.scale_format.round(exact),
-        };
-        let zero = match scheme.zero {
-            ZeroFormat::Midpoint => midpoint,
-            ZeroFormat::Int => Rounding::NearestEven.round((-lo / scale).min(max_code), 0),
-            ZeroFormat::Real(format) => format.nearest(-lo / scale),
-            ZeroFormat::Offset(_) => 0.0,
-        };
-        let offset = match scheme.zero {
-            ZeroFormat::Offset(format) => format.nearest(lo),
-            _ => 0.0,
+        // A quotient too small for f32.
+        if exact == 0.0 { f32::from_bits(1).copysign(exact) } else { exact }
+    }
+
+    /// The grid for a range whose scale is `exact`, and `scale` in its format. Its levels may be too
+    /// large for f32: see [`reaches_infinity`](Self::reaches_infinity).
+    #[inline(always)]
+    pub(crate) fn grid(&self, range: (f32, f32), exact: f32, scale: f32) -> Grid {
+        let (lo, hi) = self.extend(range);
+        let (zero, offset) = match self.scheme.zero {
+            ZeroFormat::Midpoint => (self.midpoint, 0.0),
+            ZeroFormat::Int => (nearest_even((-lo / scale).min(self.max_code)), 0.0),
+            ZeroFormat::Real(format) => (format.nearest(-lo / scale), 0.0),
+            ZeroFormat::Offset(format) => (0.0, format.nearest(lo)),
         };
         let params = Params { scale, zero, offset };
-        // Both ends must be numbers, the lowest unused level of a symmetric grid included.
-        let ends = [params.level(0), params.level(scheme.dtype.max_code())];
-        if !ends.iter().all(|x| x.is_finite()) {
-            return Err(exact);
+        let mut grid = Grid { params, offset, factor: scale, reciprocal: false };
+        if self.fit.division == Division::ExactReciprocal && lo != hi && (1.0 / exact).is_finite() {
+            grid.factor = 1.0 / exact;
+            grid.reciprocal = true;
+            if let ZeroFormat::Offset(_) = self.scheme.zero {
+                grid.offset = lo;
+            }
         }
-        let restricted = symmetric && fit.symmetric == SymmetricScale::Restricted && midpoint > 1.0;
-        let exact_factor = fit.division == Division::ExactReciprocal && !constant;
-        let reciprocal = 1.0 / exact;
-        let reciprocal = (exact_factor && reciprocal.is_finite()).then_some(reciprocal);
-        Ok(Self {
-            params,
-            offset: match scheme.zero {
-                ZeroFormat::Offset(_) if exact_factor => lo,
-                _ => offset,
-            },
-            factor: reciprocal.unwrap_or(scale),
-            reciprocal: reciprocal.is_some(),
-            real_zero: if let ZeroFormat::Real(_) = scheme.zero { zero } else { 0.0 },
-            int_zero: if let ZeroFormat::Real(_) = scheme.zero { 0.0 } else { zero },
-            lowest: if restricted { 1.0 } else { 0.0 },
-            highest: max_code,
-            rounding: fit.rounding,
-        })
+        grid
+    }
+
+    /// The range of an integer zero contains 0.
+    #[inline(always)]
+    fn extend(&self, (lo, hi): (f32, f32)) -> (f32, f32) {
+        match self.scheme.zero {
+            ZeroFormat::Midpoint | ZeroFormat::Int => (lo.min(0.0), hi.max(0.0)),
+            ZeroFormat::Real(_) | ZeroFormat::Offset(_) => (lo, hi),
+        }
+    }
+
+    /// Whether a level, the lowest unused one of a symmetric grid included, is not a finite number.
+    #[inline(always)]
+    pub(crate) fn reaches_infinity(&self, grid: &Grid) -> bool {
+        let highest = self.scheme.dtype.max_code();
+        !(grid.params.level(0).is_finite() && grid.params.level(highest).is_finite())
     }
 
     /// The code of each of `x`; `index` is that of the first in the matrix.
     #[inline(always)] // into callers that are compiled for newer instruction sets
-    pub(crate) fn encode(&self, x: &[f32], codes: &mut [u8], index: u64) {
-        // One loop for each rounding: with the constant known, each is a few instructions.
-        match self.rounding {
-            Rounding::NearestEven if self.is_plain() => {
-                // The common case, without the additions of 0.
-                for (&x, code) in x.iter().zip(codes) {
-                    let steps = (x / self.factor).clamp(-512.0, 512.0);
-                    let nearest = crate::rounding::nearest_even(steps) + self.int_zero;
-                    *code = nearest.clamp(self.lowest, self.highest) as u8;
-                }
+    pub(crate) fn encode(&self, grid: &Grid, x: &[f32], codes: &mut [u8], index: u64) {
+        let integer = matches!(self.scheme.zero, ZeroFormat::Midpoint | ZeroFormat::Int);
+        // A loop for each rounding: with the constant known, each is a few instructions.
+        match self.fit.rounding {
+            Rounding::NearestEven if integer && !grid.reciprocal => {
+                self.encode_nearest(grid, x, codes);
             }
-            Rounding::NearestEven => self.encode_with(Rounding::NearestEven, x, codes, index),
-            Rounding::NearestAway => self.encode_with(Rounding::NearestAway, x, codes, index),
-            Rounding::NearestUp => self.encode_with(Rounding::NearestUp, x, codes, index),
-            Rounding::Floor => self.encode_with(Rounding::Floor, x, codes, index),
-            Rounding::TowardZero => self.encode_with(Rounding::TowardZero, x, codes, index),
-            Rounding::Stochastic { .. } => self.encode_with(self.rounding, x, codes, index),
+            Rounding::NearestEven => self.encode_as(Rounding::NearestEven, grid, x, codes, index),
+            Rounding::NearestAway => self.encode_as(Rounding::NearestAway, grid, x, codes, index),
+            Rounding::NearestUp => self.encode_as(Rounding::NearestUp, grid, x, codes, index),
+            Rounding::Floor => self.encode_as(Rounding::Floor, grid, x, codes, index),
+            Rounding::TowardZero => self.encode_as(Rounding::TowardZero, grid, x, codes, index),
+            Rounding::Stochastic { .. } => {
+                self.encode_as(self.fit.rounding, grid, x, codes, index);
+            }
         }
     }
 
     #[inline(always)]
-    fn is_plain(&self) -> bool {
-        !self.reciprocal && self.offset == 0.0 && self.real_zero == 0.0
-    }
-
-    #[inline(always)]
-    fn encode_with(&self, rounding: Rounding, x: &[f32], codes: &mut [u8], index: u64) {
+    fn encode_as(&self, how: Rounding, grid: &Grid, x: &[f32], codes: &mut [u8], index: u64) {
+        let zero = grid.params.zero;
+        let (real_zero, int_zero) = match self.scheme.zero {
+            ZeroFormat::Real(_) => (zero, 0.0),
+            _ => (0.0, zero),
+        };
         for (i, (&x, code)) in x.iter().zip(codes).enumerate() {
-            let x = x - self.offset;
-            let steps = if self.reciprocal { x * self.factor } else { x / self.factor };
+            let x = x - grid.offset;
+            let steps = if grid.reciprocal { x * grid.factor } else { x / grid.factor };
             // Clamped first: rounding wants small numbers, and x / scale may be infinite.
-            let steps = (steps + self.real_zero).clamp(-512.0, 512.0);
-            let code_f = rounding.code(steps, self.int_zero, index + i as u64);
-            *code = code_f.clamp(self.lowest, self.highest) as u8;
+            let steps = (steps + real_zero).clamp(-512.0, 512.0);
+            let rounded = how.code(steps, int_zero, index + i as u64);
+            *code = nearest_even_i32(rounded.max(self.lowest).min(self.max_code)) as u8;
         }
+    }
+
+    /// [`encode_as`](Self::encode_as) in the common case: nothing but a division, and the zero
+    /// added as an integer.
+    #[inline(always)]
+    fn encode_nearest(&self, grid: &Grid, x: &[f32], codes: &mut [u8]) {
+        let zero = grid.params.zero;
+        let code = Code {
+            scale: grid.factor,
+            lowest: self.lowest - zero,
+            highest: self.max_code - zero,
+            zero: nearest_even_i32(zero),
+        };
+        // Whole vectors for short blocks too.
+        let (vectors, x) = x.as_chunks::<32>();
+        let (code_vectors, codes) = codes.split_at_mut(32 * vectors.len());
+        for (x, codes) in vectors.iter().zip(code_vectors.as_chunks_mut::<32>().0) {
+            for i in 0..32 {
+                codes[i] = code.of(x[i]);
+            }
+        }
+        for (&x, to) in x.iter().zip(codes) {
+            *to = code.of(x);
+        }
+    }
+}
+
+/// `clamp(round(x / scale), lowest, highest) + zero`
+#[derive(Clone, Copy)]
+struct Code {
+    scale: f32,
+    lowest: f32,
+    highest: f32,
+    zero: i32,
+}
+
+impl Code {
+    #[inline(always)]
+    fn of(self, x: f32) -> u8 {
+        let steps = (x / self.scale).max(self.lowest).min(self.highest);
+        (nearest_even_i32(steps) + self.zero) as u8
     }
 }
 

@@ -3,12 +3,13 @@
 use alloc::{vec, vec::Vec};
 
 use lowbit_dtypes::{pack, packed_len};
+use pulp::{Simd, WithSimd};
 
 use crate::{
-    Error, Fit, MatRef, QMatrix, QuantScheme, Range, Result, SymmetricScale, ZeroFormat,
-    fit::Grid,
+    Error, Fit, MatRef, Params, QMatrix, QuantScheme, Range, Result, SymmetricScale, ZeroFormat,
+    fit::{Grid, Plan},
     qmatrix::Layout,
-    range::{self, ordered},
+    range::{self, Extent},
     simd,
 };
 
@@ -68,80 +69,182 @@ impl QMatrix {
             let zeros = (scheme.zero != ZeroFormat::Midpoint).then(Vec::new);
             return Self::from_parts(n, k, scheme, Vec::new(), Vec::new(), zeros);
         }
+        let plan = Plan::new(scheme, fit);
         let bits = u32::from(scheme.dtype.bits());
         let (block_rows, block_cols) = layout.block;
-        let mut codes = vec![0; layout.codes];
+        let mut packed = vec![0; layout.codes];
         let mut scales = vec![0; layout.scales];
         let mut zeros = vec![0; layout.zeros];
         let mut row_codes = vec![0; k];
         let mut row_zeros = vec![0; layout.grid.1];
-        let mut ranges = Vec::new();
-        let mut grids = Vec::new();
+        let mut blocks = Blocks::new(plan, layout.grid.1);
         for first in (0..n).step_by(block_rows) {
             let rows = first..n.min(first + block_rows);
             let block_row = first / block_rows;
+            let at = block_row * layout.grid.1;
 
-            ranges.clear();
-            ranges.resize(layout.grid.1, ordered::NONE);
+            blocks.extents.fill(Extent::NONE);
             for r in rows.clone() {
                 let row = w.row(r).unwrap_or(&[]);
-                if !simd::dispatch(|| row_ranges(row, block_cols, &mut ranges)) {
+                let extents = &mut blocks.extents;
+                if !simd::dispatch(RowExtents { row, block_cols, extents }) {
                     let col = row.iter().position(|x| !x.is_finite()).unwrap_or(0);
                     return Err(Error::NotFinite { what: "weight", row: r, col });
                 }
             }
-
-            grids.clear();
-            for (b, &range) in ranges.iter().enumerate() {
+            // The two things that need another look at the weights.
+            for b in 0..if plan.is_min_max() { 0 } else { layout.grid.1 } {
                 let block = Block { w, rows: rows.clone(), col: b * block_cols, cols: block_cols };
-                let grid = block.grid(scheme, fit, ordered::values(range), importance)?;
-                let params = grid.params;
-                grids.push(grid);
-                let at = block_row * layout.grid.1 + b;
-                let store = |format: crate::ScaleFormat, value: f32, to: &mut [u8]| {
-                    format.write(value, &mut to[at * format.bytes()..][..format.bytes()]);
-                };
-                store(scheme.scale_format, params.scale, &mut scales);
-                match scheme.zero {
-                    ZeroFormat::Midpoint => {}
-                    ZeroFormat::Int => row_zeros[b] = params.zero as u8,
-                    ZeroFormat::Real(format) => store(format, params.zero, &mut zeros),
-                    ZeroFormat::Offset(format) => store(format, params.offset, &mut zeros),
-                }
+                let whole = blocks.extents[b].ends();
+                let extreme = block.extreme(&plan, whole);
+                let (lo, hi) = block.search(&plan, whole, extreme, importance)?;
+                blocks.ranges[b] = Chosen { lo, hi, extreme };
             }
-            if scheme.zero == ZeroFormat::Int {
-                let stride = packed_len(layout.grid.1, bits);
-                pack(bits, &row_zeros, &mut zeros[block_row * stride..][..stride])?;
+
+            let scale_bytes = &mut scales[at * scheme.scale_format.bytes()..];
+            if let Some(b) = simd::dispatch(MakeGrids { blocks: &mut blocks, scale_bytes }) {
+                let (scale, format) = (blocks.exact[b], scheme.scale_format);
+                return Err(Error::ScaleOverflow {
+                    scale,
+                    format,
+                    row: first,
+                    col: b * block_cols,
+                });
+            }
+            match scheme.zero {
+                ZeroFormat::Midpoint => {}
+                ZeroFormat::Int => {
+                    for (zero, grid) in row_zeros.iter_mut().zip(&blocks.grids) {
+                        *zero = grid.params.zero as u8;
+                    }
+                    let stride = packed_len(layout.grid.1, bits);
+                    pack(bits, &row_zeros, &mut zeros[block_row * stride..][..stride])?;
+                }
+                ZeroFormat::Real(format) | ZeroFormat::Offset(format) => {
+                    let to = zeros[at * format.bytes()..].chunks_mut(format.bytes());
+                    for (to, grid) in to.zip(&blocks.grids) {
+                        let Params { zero, offset, .. } = grid.params;
+                        let real = matches!(scheme.zero, ZeroFormat::Real(_));
+                        format.write(if real { zero } else { offset }, to);
+                    }
+                }
             }
 
             for r in rows {
                 let row = w.row(r).unwrap_or(&[]);
                 let index = r as u64 * k as u64;
-                simd::dispatch(|| encode_row(row, block_cols, &grids, &mut row_codes, index));
-                pack(bits, &row_codes, &mut codes[r * layout.stride..][..layout.stride])?;
+                let (blocks, codes) = (&blocks, &mut row_codes);
+                simd::dispatch(EncodeRow { row, block_cols, blocks, codes, index });
+                pack(bits, &row_codes, &mut packed[r * layout.stride..][..layout.stride])?;
             }
         }
         let zeros = (scheme.zero != ZeroFormat::Midpoint).then_some(zeros);
-        Ok(Self::assemble(n, k, scheme, codes, scales, zeros))
+        Ok(Self::assemble(n, k, scheme, packed, scales, zeros))
     }
 }
 
-/// Joins the range of each block of `row` to what other rows have given; whether all is finite.
-#[inline(always)]
-fn row_ranges(row: &[f32], block_cols: usize, ranges: &mut [(i32, i32)]) -> bool {
-    let mut all = ordered::NONE;
-    for (values, range) in row.chunks(block_cols).zip(ranges) {
-        *range = ordered::join(*range, ordered::extremes(values));
-        all = ordered::join(all, *range);
-    }
-    ordered::is_finite(all)
+/// The range that the grid of a block should reach, and its weight of the largest magnitude.
+#[derive(Clone, Copy, Default)]
+struct Chosen {
+    lo: f32,
+    hi: f32,
+    extreme: f32,
 }
 
-#[inline(always)]
-fn encode_row(row: &[f32], block_cols: usize, grids: &[Grid], codes: &mut [u8], index: u64) {
-    let blocks = row.chunks(block_cols).zip(codes.chunks_mut(block_cols));
-    for (b, ((values, codes), grid)) in blocks.zip(grids).enumerate() {
-        grid.encode(values, codes, index + (b * block_cols) as u64);
+/// What is known of each block in a row of blocks.
+struct Blocks {
+    plan: Plan,
+    extents: Vec<Extent>,
+    ranges: Vec<Chosen>,
+    exact: Vec<f32>,
+    scales: Vec<f32>,
+    grids: Vec<Grid>,
+}
+
+impl Blocks {
+    fn new(plan: Plan, count: usize) -> Self {
+        Self {
+            plan,
+            extents: vec![Extent::NONE; count],
+            ranges: vec![Chosen::default(); count],
+            exact: vec![0.0; count],
+            scales: vec![0.0; count],
+            grids: vec![Grid::default(); count],
+        }
+    }
+}
+
+/// Joins the extent of each block of `row` to what other rows have given; whether all is finite.
+struct RowExtents<'a> {
+    row: &'a [f32],
+    block_cols: usize,
+    extents: &'a mut [Extent],
+}
+
+impl WithSimd for RowExtents<'_> {
+    type Output = bool;
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, simd: S) -> bool {
+        let mut all = Extent::NONE;
+        for (values, extent) in self.row.chunks(self.block_cols).zip(self.extents) {
+            *extent = extent.join(Extent::of(simd, values));
+            all = all.join(*extent);
+        }
+        all.is_finite()
+    }
+}
+
+/// Scales and grids from ranges; the first block whose levels are not all finite, if any.
+struct MakeGrids<'a> {
+    blocks: &'a mut Blocks,
+    scale_bytes: &'a mut [u8],
+}
+
+impl WithSimd for MakeGrids<'_> {
+    type Output = Option<usize>;
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, _: S) -> Option<usize> {
+        let Blocks { plan, extents, ranges, exact, scales, grids } = self.blocks;
+        if plan.is_min_max() {
+            for (range, extent) in ranges.iter_mut().zip(extents) {
+                let (lo, hi) = extent.ends();
+                *range = Chosen { lo, hi, extreme: hi };
+            }
+        }
+        for (exact, range) in exact.iter_mut().zip(&*ranges) {
+            *exact = plan.exact_scale((range.lo, range.hi), range.extreme);
+        }
+        plan.scheme.scale_format.round_slice(exact, scales, self.scale_bytes);
+        for (b, grid) in grids.iter_mut().enumerate() {
+            *grid = plan.grid((ranges[b].lo, ranges[b].hi), exact[b], scales[b]);
+            if plan.reaches_infinity(grid) {
+                return Some(b);
+            }
+        }
+        None
+    }
+}
+
+struct EncodeRow<'a> {
+    row: &'a [f32],
+    block_cols: usize,
+    blocks: &'a Blocks,
+    codes: &'a mut [u8],
+    index: u64,
+}
+
+impl WithSimd for EncodeRow<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, _: S) {
+        let Self { row, block_cols, blocks, codes, index } = self;
+        let chunks = row.chunks(block_cols).zip(codes.chunks_mut(block_cols));
+        for (b, ((values, codes), grid)) in chunks.zip(&blocks.grids).enumerate() {
+            blocks.plan.encode(grid, values, codes, index + (b * block_cols) as u64);
+        }
     }
 }
 
@@ -168,59 +271,49 @@ impl<'a> Block<'a> {
         self.rows().flat_map(|(_, row)| row).copied().collect()
     }
 
-    /// The grid that `fit` chooses, given the block's smallest and largest weight.
-    fn grid(
+    /// The weight of the largest magnitude.
+    fn extreme(&self, plan: &Plan, (lo, hi): (f32, f32)) -> f32 {
+        // Where the sign counts, the first of two equal magnitudes decides.
+        if plan.fit.symmetric == SymmetricScale::SignedExtreme && hi == -lo {
+            let first = self.rows().flat_map(|(_, row)| row).find(|x| x.abs() == hi);
+            return first.copied().unwrap_or(hi);
+        }
+        if hi >= -lo { hi } else { lo }
+    }
+
+    /// The part of the range that the fit asks for.
+    fn search(
         &self,
-        scheme: QuantScheme,
-        fit: &Fit,
+        plan: &Plan,
         (lo, hi): (f32, f32),
+        extreme: f32,
         importance: Option<&[f32]>,
-    ) -> Result<Grid> {
-        let symmetric = scheme.zero == ZeroFormat::Midpoint;
-        let extreme = match fit.symmetric {
-            // Of two equal magnitudes the first one decides.
-            SymmetricScale::SignedExtreme if symmetric && hi == -lo => {
-                let first = self.rows().flat_map(|(_, row)| row).find(|x| x.abs() == hi);
-                first.copied().unwrap_or(hi)
-            }
-            _ if hi >= -lo => hi,
-            _ => lo,
-        };
-        let new = |range| {
-            Grid::new(scheme, fit, range, extreme).map_err(|scale| Error::ScaleOverflow {
-                scale,
-                format: scheme.scale_format,
-                row: self.rows.start,
-                col: self.col,
-            })
-        };
-        match fit.range {
-            Range::MinMax => new((lo, hi)),
-            Range::Percentile(percent) if symmetric => {
+    ) -> Result<(f32, f32)> {
+        match plan.fit.range {
+            Range::MinMax => Ok((lo, hi)),
+            Range::Percentile(percent) if plan.scheme.zero == ZeroFormat::Midpoint => {
                 let amax = range::percentile_abs(&self.values(), percent)?;
-                new((-amax, amax))
+                Ok((-amax, amax))
             }
-            Range::Percentile(percent) => new(range::percentile(&self.values(), percent)?),
+            Range::Percentile(percent) => range::percentile(&self.values(), percent),
             Range::Search { grid, candidates, norm } => {
                 let importance = importance.map(|x| &x[self.col..]);
                 let mut codes = vec![0; self.cols];
-                let mut best = (f64::INFINITY, new((lo, hi))?);
+                let mut best = (f64::INFINITY, (lo, hi));
                 for i in 0..candidates {
                     let share = (grid - i) as f32 / grid as f32;
-                    // A smaller range cannot overflow, but for the rounding of its zero.
-                    let Ok(candidate) = new((lo * share, hi * share)) else { continue };
-                    let error: f64 = self
-                        .rows()
-                        .map(|(index, row)| {
-                            let codes = &mut codes[..row.len()];
-                            simd::dispatch(|| {
-                                candidate.encode(row, codes, index);
-                                error(row, codes, &candidate, importance, norm)
-                            })
-                        })
-                        .sum();
+                    let range = (lo * share, hi * share);
+                    let exact = plan.exact_scale(range, extreme);
+                    let grid = &plan.grid(range, exact, plan.scheme.scale_format.round(exact));
+                    let mut error = 0.0;
+                    for (index, x) in self.rows() {
+                        let codes = &mut codes[..x.len()];
+                        let row = RowError { x, codes, plan, grid, index, importance, norm };
+                        error += simd::dispatch(row);
+                    }
+                    // An error of infinity or NaN is never smaller.
                     if error < best.0 {
-                        best = (error, candidate);
+                        best = (error, range);
                     }
                 }
                 Ok(best.1)
@@ -230,19 +323,35 @@ impl<'a> Block<'a> {
 }
 
 /// `Σ importance·|x − level(code)|^norm`, in eight sums so that it can be vectorized.
-#[inline(always)]
-fn error(x: &[f32], codes: &[u8], grid: &Grid, importance: Option<&[f32]>, norm: f32) -> f64 {
-    const LANES: usize = 8;
-    let mut sums = [0.0_f64; LANES];
-    for (c, (x, codes)) in x.chunks(LANES).zip(codes.chunks(LANES)).enumerate() {
-        for (i, ((&x, &code), sum)) in x.iter().zip(codes).zip(&mut sums).enumerate() {
-            let e = (x - grid.params.level(code)).abs();
-            let e = if norm == 2.0 { e * e } else { libm::powf(e, norm) };
-            let weight = importance.map_or(1.0, |x| x[c * LANES + i]);
-            *sum += f64::from(weight) * f64::from(e);
+struct RowError<'a> {
+    x: &'a [f32],
+    codes: &'a mut [u8],
+    plan: &'a Plan,
+    grid: &'a Grid,
+    index: u64,
+    importance: Option<&'a [f32]>,
+    norm: f32,
+}
+
+impl WithSimd for RowError<'_> {
+    type Output = f64;
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, _: S) -> f64 {
+        const LANES: usize = 8;
+        let Self { x, codes, plan, grid, index, importance, norm } = self;
+        plan.encode(grid, x, codes, index);
+        let mut sums = [0.0_f64; LANES];
+        for (c, (x, codes)) in x.chunks(LANES).zip(codes.chunks(LANES)).enumerate() {
+            for (i, ((&x, &code), sum)) in x.iter().zip(codes).zip(&mut sums).enumerate() {
+                let e = (x - grid.params.level(code)).abs();
+                let e = if norm == 2.0 { e * e } else { libm::powf(e, norm) };
+                let weight = importance.map_or(1.0, |x| x[c * LANES + i]);
+                *sum += f64::from(weight) * f64::from(e);
+            }
         }
+        sums.iter().sum()
     }
-    sums.iter().sum()
 }
 
 fn check_importance(importance: Option<&[f32]>, k: usize) -> Result<()> {

@@ -27,7 +27,9 @@
 
 use alloc::{vec, vec::Vec};
 
-use crate::{Error, Result};
+use pulp::{Simd, WithSimd};
+
+use crate::{Error, Result, simd};
 
 /// The smallest and the largest element.
 ///
@@ -37,8 +39,12 @@ pub fn min_max(x: &[f32]) -> Result<(f32, f32)> {
     if x.is_empty() {
         return Err(Error::Empty { what: "numbers to take the range of" });
     }
-    check_finite(x)?;
-    Ok(ordered::values(ordered::extremes(x)))
+    let extent = Extent::best(x);
+    if extent.is_finite() {
+        return Ok(extent.ends());
+    }
+    let col = x.iter().position(|x| !x.is_finite()).unwrap_or(0);
+    Err(Error::NotFinite { what: "number", row: 0, col })
 }
 
 /// The smallest range around the median that keeps `percent` of the elements: half of what is cut
@@ -369,13 +375,6 @@ fn check_percent(percent: f64) -> Result<f64> {
     if percent > 0.0 && percent <= 100.0 { Ok(percent) } else { Err(Error::Percentile { percent }) }
 }
 
-fn check_finite(x: &[f32]) -> Result<()> {
-    match x.iter().position(|x| !x.is_finite()) {
-        Some(col) => Err(Error::NotFinite { what: "number", row: 0, col }),
-        None => Ok(()),
-    }
-}
-
 /// The element at share `q` of the sorted `x`, interpolated linearly between two neighbours.
 fn quantile(x: &mut [f32], q: f64) -> f32 {
     let at = q * (x.len() - 1) as f64;
@@ -386,42 +385,64 @@ fn quantile(x: &mut [f32], q: f64) -> f32 {
     (lower + (upper - lower) * (at - below as f64)) as f32
 }
 
-/// f32 in the order of signed integers: minima, maxima and the search for NaN and infinity become
-/// one loop that vectorizes.
-pub(crate) mod ordered {
-    /// The extremes of no numbers.
-    pub(crate) const NONE: (i32, i32) = (i32::MAX, i32::MIN);
+/// Both ends of a set of numbers, and whether all of them are finite.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Extent {
+    lo: f32,
+    hi: f32,
+    /// `Σ 0·x`: NaN if one of them is not finite.
+    zero: f32,
+}
 
-    /// −0 < +0, NaN beyond infinity on either side. It is its own inverse.
-    #[inline(always)]
-    const fn key(bits: i32) -> i32 {
-        bits ^ ((bits >> 31) & i32::MAX)
-    }
+impl Extent {
+    /// Of no numbers.
+    pub(crate) const NONE: Self = Self { lo: f32::INFINITY, hi: f32::NEG_INFINITY, zero: 0.0 };
 
-    /// The keys of the smallest and the largest number.
     #[inline(always)]
-    pub(crate) fn extremes(x: &[f32]) -> (i32, i32) {
-        let mut extremes = NONE;
-        for &x in x {
-            let key = key(x.to_bits() as i32);
-            extremes = (extremes.0.min(key), extremes.1.max(key));
+    pub(crate) fn of<S: Simd>(simd: S, x: &[f32]) -> Self {
+        let (vectors, rest) = S::as_simd_f32s(x);
+        let mut lo = simd.splat_f32s(f32::INFINITY);
+        let mut hi = simd.splat_f32s(f32::NEG_INFINITY);
+        let mut zero = simd.splat_f32s(0.0);
+        for &x in vectors {
+            lo = simd.min_f32s(lo, x);
+            hi = simd.max_f32s(hi, x);
+            zero = simd.mul_add_e_f32s(x, simd.splat_f32s(0.0), zero);
         }
-        extremes
+        let (lo, hi) = (simd.reduce_min_f32s(lo), simd.reduce_max_f32s(hi));
+        let mut all = Self { lo, hi, zero: simd.reduce_sum_f32s(zero) };
+        for &x in rest {
+            all = all.join(Self { lo: x, hi: x, zero: 0.0 * x });
+        }
+        all
     }
 
     #[inline(always)]
-    pub(crate) fn join(a: (i32, i32), b: (i32, i32)) -> (i32, i32) {
-        (a.0.min(b.0), a.1.max(b.1))
+    pub(crate) fn join(self, other: Self) -> Self {
+        Self { lo: self.lo.min(other.lo), hi: self.hi.max(other.hi), zero: self.zero + other.zero }
     }
 
-    /// Are both ends finite, and so all between them?
     #[inline(always)]
-    pub(crate) fn is_finite((lo, hi): (i32, i32)) -> bool {
-        const INFINITY: i32 = f32::INFINITY.to_bits() as i32;
-        lo > key(INFINITY | i32::MIN) && hi < INFINITY
+    pub(crate) fn is_finite(self) -> bool {
+        self.zero == 0.0
     }
 
-    pub(crate) fn values((lo, hi): (i32, i32)) -> (f32, f32) {
-        (f32::from_bits(key(lo) as u32), f32::from_bits(key(hi) as u32))
+    /// The ends. Adding 0 makes −0, which vectors may prefer or not, into 0.
+    pub(crate) fn ends(self) -> (f32, f32) {
+        (self.lo + 0.0, self.hi + 0.0)
+    }
+
+    /// [`of`](Self::of) on the instructions of this CPU.
+    pub(crate) fn best(x: &[f32]) -> Self {
+        struct Of<'a>(&'a [f32]);
+        impl WithSimd for Of<'_> {
+            type Output = Extent;
+
+            #[inline(always)]
+            fn with_simd<S: Simd>(self, simd: S) -> Extent {
+                Extent::of(simd, self.0)
+            }
+        }
+        simd::dispatch(Of(x))
     }
 }

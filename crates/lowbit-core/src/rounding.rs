@@ -79,14 +79,22 @@ impl Rounding {
     }
 }
 
+/// 1.5 · 2^23: a number around it has a unit of exactly 1, and its lowest bits are an integer.
+const MAGIC: f32 = 12_582_912.0;
+
 /// Nearest integer, ties to even, for `|x| < 2^22` and the default rounding mode.
 ///
 /// Written as an addition because `f32::round_ties_even` needs std, and is a library call on
 /// x86-64 without SSE4.1.
 #[inline(always)]
 pub(crate) fn nearest_even(x: f32) -> f32 {
-    const MAGIC: f32 = 12_582_912.0; // 1.5 · 2^23: the sum has a unit of exactly 1
     (x + MAGIC) - MAGIC
+}
+
+/// [`nearest_even`] as an integer. A conversion with `as` would saturate, in several instructions.
+#[inline(always)]
+pub(crate) fn nearest_even_i32(x: f32) -> i32 {
+    (x + MAGIC).to_bits() as i32 - MAGIC.to_bits() as i32
 }
 
 #[cfg(test)]
@@ -99,6 +107,7 @@ mod tests {
             let x = i as f32 / 4.0;
             for x in [x.next_down(), x, x.next_up()] {
                 assert_eq!(Rounding::NearestEven.round(x, 0), x.round_ties_even(), "{x}");
+                assert_eq!(nearest_even_i32(x), x.round_ties_even() as i32, "{x}");
                 assert_eq!(Rounding::NearestAway.round(x, 0), x.round(), "{x}");
                 assert_eq!(Rounding::NearestUp.round(x, 0), (x + 0.5).floor(), "{x}");
                 assert_eq!(Rounding::Floor.round(x, 0), x.floor(), "{x}");

@@ -1,4 +1,6 @@
-use lowbit_dtypes::{bf16, f16};
+use lowbit_dtypes::{
+    Overflow, Rounding as Nearest, SmallFloat, bf16, decode_slice, encode_slice, f16,
+};
 
 use crate::{Error, Result};
 
@@ -86,6 +88,27 @@ impl Granularity {
     }
 }
 
+/// As [`ScaleFormat::round_slice`], but that small numbers become 0.
+fn round_halves<H: SmallFloat + bytemuck::Pod>(
+    exact: &[f32],
+    rounded: &mut [f32],
+    bytes: &mut [u8],
+) {
+    const CHUNK: usize = 64;
+    let mut halves = [H::zeroed(); CHUNK];
+    let (bytes, _) = bytes.as_chunks_mut::<2>();
+    let chunks = exact.chunks(CHUNK).zip(rounded.chunks_mut(CHUNK)).zip(bytes.chunks_mut(CHUNK));
+    for ((exact, rounded), bytes) in chunks {
+        let halves = &mut halves[..exact.len()];
+        // They fail only on unequal lengths.
+        let _ = encode_slice(exact, halves, Nearest::NearestEven, Overflow::Infinity);
+        let _ = decode_slice(halves, rounded);
+        for (half, bytes) in halves.iter().zip(bytes) {
+            *bytes = bytemuck::cast::<H, u16>(*half).to_le_bytes();
+        }
+    }
+}
+
 /// How a scale is stored. Scales are rounded to this format *before* the codes are computed, so
 /// the codes are the nearest ones for the scale that will be read back.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -119,6 +142,7 @@ impl ScaleFormat {
     /// assert_eq!(ScaleFormat::F16.round(1e-30), 2.0_f32.powi(-24));
     /// assert_eq!(ScaleFormat::F16.round(1e6), f32::INFINITY);
     /// ```
+    #[inline]
     pub fn round(self, scale: f32) -> f32 {
         let smallest = match self {
             Self::F32 => f32::from_bits(1),
@@ -129,7 +153,28 @@ impl ScaleFormat {
         if rounded == 0.0 && scale != 0.0 { smallest.copysign(scale) } else { rounded }
     }
 
+    /// [`round`](Self::round) of each of `exact`, also written to the front of `bytes`.
+    pub(crate) fn round_slice(self, exact: &[f32], rounded: &mut [f32], bytes: &mut [u8]) {
+        match self {
+            Self::F32 => {
+                rounded.copy_from_slice(exact);
+                for (x, bytes) in exact.iter().zip(bytes.as_chunks_mut().0) {
+                    *bytes = x.to_le_bytes();
+                }
+            }
+            Self::F16 => round_halves::<f16>(exact, rounded, bytes),
+            Self::Bf16 => round_halves::<bf16>(exact, rounded, bytes),
+        }
+        for (i, (&exact, rounded)) in exact.iter().zip(rounded).enumerate() {
+            if *rounded == 0.0 && exact != 0.0 {
+                *rounded = self.round(exact);
+                self.write(*rounded, &mut bytes[i * self.bytes()..][..self.bytes()]);
+            }
+        }
+    }
+
     /// `x` rounded to nearest, ties to even; small numbers may become 0.
+    #[inline]
     pub(crate) fn nearest(self, x: f32) -> f32 {
         match self {
             Self::F32 => x,
@@ -139,6 +184,7 @@ impl ScaleFormat {
     }
 
     /// Writes a number that this format holds, little-endian.
+    #[inline]
     pub(crate) fn write(self, scale: f32, to: &mut [u8]) {
         match self {
             Self::F32 => to.copy_from_slice(&scale.to_le_bytes()),

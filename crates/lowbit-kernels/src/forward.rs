@@ -126,7 +126,7 @@ impl PackedLinear {
     /// Quantizes a row, sums the codes of each group, and spreads the groups to whole steps.
     fn quantize_row(&self, x: &[f32], codes: &mut [i8], sums: &mut [i32]) -> Result<f32> {
         let ((group_size, _), padded) = (self.group(), self.padded_group());
-        let scale = pulp::Arch::new().dispatch(|| quantize_row_int8(x, &mut codes[..x.len()]))?;
+        let scale = quantize_row_int8(x, &mut codes[..x.len()])?;
         group_sums(&codes[..x.len()], group_size, sums);
         codes[x.len()..].fill(0);
         if padded != group_size {
