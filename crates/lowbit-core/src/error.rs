@@ -111,6 +111,36 @@ pub enum Error {
         /// First column of the block.
         col: usize,
     },
+    /// An integer outside the only values that have a meaning.
+    #[error("{what}: expected {min} to {max}, got {got}")]
+    OutOfRange {
+        /// Which number.
+        what: &'static str,
+        /// The smallest value allowed.
+        min: i64,
+        /// The largest value allowed.
+        max: i64,
+        /// The value found.
+        got: i64,
+    },
+    /// A scale, or another factor, that is zero, negative, infinite or NaN.
+    #[error("{what}: expected a positive finite number, got {got:e}")]
+    NotPositive {
+        /// Which number.
+        what: &'static str,
+        /// The value found.
+        got: f64,
+    },
+    /// A bias that is too large for an i32 in units of its scale.
+    #[error("bias {bias:e} at {index} is not within an i32 times its scale {scale:e}")]
+    BiasOverflow {
+        /// Position of the first such bias.
+        index: usize,
+        /// Its value.
+        bias: f32,
+        /// The scale of the accumulators, that of the input times that of the weight.
+        scale: f64,
+    },
     /// A conversion of numbers or packed codes refused its operands.
     #[error(transparent)]
     Dtype(#[from] lowbit_dtypes::Error),
