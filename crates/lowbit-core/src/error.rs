@@ -131,6 +131,14 @@ pub enum Error {
         /// The value found.
         got: f64,
     },
+    /// A range of real numbers that is empty, not finite, or without zero.
+    #[error("range {lo:e} to {hi:e}: expected finite ends with lo <= 0 <= hi and lo < hi")]
+    RealRange {
+        /// The lower end.
+        lo: f32,
+        /// The upper end.
+        hi: f32,
+    },
     /// A bias that is too large for an i32 in units of its scale.
     #[error("bias {bias:e} at {index} is not within an i32 times its scale {scale:e}")]
     BiasOverflow {

@@ -31,6 +31,7 @@ mod activation;
 mod context;
 mod error;
 mod fit;
+pub mod fake_quant;
 pub mod integer;
 mod linear;
 mod mat;
