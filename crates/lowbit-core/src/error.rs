@@ -81,14 +81,8 @@ pub enum Error {
         /// What has no elements.
         what: &'static str,
     },
-    /// A percentile outside (0, 100].
-    #[error("percentile {percent}: expected more than 0, at most 100")]
-    Percentile {
-        /// The percentile asked for.
-        percent: f64,
-    },
     /// A number outside the range in which it has a meaning.
-    #[error("{what} is {value}: expected {expected}")]
+    #[error("{what}: expected {expected}, got {value:?}")]
     Parameter {
         /// Which parameter.
         what: &'static str,
@@ -123,14 +117,6 @@ pub enum Error {
         /// The value found.
         got: i64,
     },
-    /// A scale, or another factor, that is zero, negative, infinite or NaN.
-    #[error("{what}: expected a positive finite number, got {got:e}")]
-    NotPositive {
-        /// Which number.
-        what: &'static str,
-        /// The value found.
-        got: f64,
-    },
     /// A range of real numbers that is empty, not finite, or without zero.
     #[error("range {lo:e} to {hi:e}: expected finite ends with lo <= 0 <= hi and lo < hi")]
     RealRange {
@@ -163,6 +149,10 @@ pub enum Error {
 }
 
 impl Error {
+    pub(crate) fn not_positive(what: &'static str, value: impl Into<f64>) -> Self {
+        Self::Parameter { what, value: value.into(), expected: "a positive finite number" }
+    }
+
     /// The same error at another row, for callees that see one row at a time.
     #[must_use]
     pub fn at_row(self, row: usize) -> Self {

@@ -42,7 +42,7 @@
 
 use core::ops::RangeInclusive;
 
-use crate::{Error, Result, qmatrix::round};
+use crate::{Error, Result, rounding::nearest_even};
 
 /// No code is larger than those of 16 bits.
 const MAX_CODE: i32 = 65_535;
@@ -74,7 +74,7 @@ impl Grid {
     ///
     /// # Errors
     /// [`Error::OutOfRange`] if `codes` has fewer than two codes or one beyond ±65,535, or if
-    /// `zero` is not one of them; [`Error::NotPositive`] if `scale` is zero, negative, infinite or
+    /// `zero` is not one of them; [`Error::Parameter`] if `scale` is zero, negative, infinite or
     /// NaN; [`Error::RealRange`] if the outermost levels are too large for f32.
     pub fn new(scale: f32, zero: i32, codes: RangeInclusive<i32>) -> Result<Self> {
         let (min, max) = (*codes.start(), *codes.end());
@@ -89,7 +89,7 @@ impl Grid {
             }
         }
         if !(scale.is_finite() && scale > 0.0) {
-            return Err(Error::NotPositive { what: "scale", got: scale.into() });
+            return Err(Error::not_positive("scale", scale));
         }
         let grid = Self { scale, zero, min, max };
         let (lo, hi) = (grid.value(min), grid.value(max));
@@ -114,7 +114,7 @@ impl Grid {
         let steps = (codes.end() - min) as f32;
         // hi − lo might overflow; and a positive scale does not become zero.
         let scale = (hi / steps - lo / steps).max(f32::from_bits(1));
-        Self::new(scale, min + round((-lo / scale).min(steps)) as i32, codes)
+        Self::new(scale, min + nearest_even((-lo / scale).min(steps)) as i32, codes)
     }
 
     /// The grid of PACT: `2^bits` levels from 0 to the clipping level `alpha`, that is
@@ -122,7 +122,7 @@ impl Grid {
     /// (Choi et al., arXiv:1805.06085, equations 1 and 2), within one rounding of `alpha`.
     ///
     /// # Errors
-    /// [`Error::OutOfRange`] if `bits` is not in 1..=16, [`Error::NotPositive`] if `alpha` is zero,
+    /// [`Error::OutOfRange`] if `bits` is not in 1..=16, [`Error::Parameter`] if `alpha` is zero,
     /// negative, infinite or NaN, or too small to be divided.
     pub fn pact(alpha: f32, bits: u8) -> Result<Self> {
         if !(1..=16).contains(&bits) {
@@ -153,7 +153,7 @@ impl Grid {
     pub fn code(self, x: f32) -> i32 {
         let (low, high) = self.ends();
         // Clamping to integers first gives the same code, and `round` wants small numbers.
-        round((x / self.scale).clamp(low, high)) as i32 + self.zero
+        nearest_even((x / self.scale).clamp(low, high)) as i32 + self.zero
     }
 
     /// `scale · (code − zero)`, rounded once to f32.
@@ -171,7 +171,7 @@ fn check_alpha(alpha: f32) -> Result<()> {
     if alpha.is_finite() && alpha > 0.0 {
         return Ok(());
     }
-    Err(Error::NotPositive { what: "clipping level", got: alpha.into() })
+    Err(Error::not_positive("clipping level", alpha))
 }
 
 fn check_length(what: &'static str, expected: usize, got: usize) -> Result<()> {
@@ -279,7 +279,7 @@ pub fn scale_gradient(x: &[f32], dy: &[f32], grid: Grid) -> Result<f32> {
     weighted_sum(x, dy, |x| match x / grid.scale {
         v if v <= low => low,
         v if v >= high => high,
-        v => round(v) - v,
+        v => nearest_even(v) - v,
     })
 }
 
@@ -336,7 +336,7 @@ pub fn range_gradient(x: &[f32], dy: &[f32], grid: Grid) -> Result<(f32, f32)> {
     let slope = |x: f32, below: f32, above: f32, inside: f32| match x / grid.scale {
         v if v <= low => below,
         v if v >= high => above,
-        v => (round(v) - v) * inside / (high - low),
+        v => (nearest_even(v) - v) * inside / (high - low),
     };
     let lo = weighted_sum(x, dy, |x| slope(x, 1.0, 0.0, -1.0))?;
     Ok((lo, weighted_sum(x, dy, |x| slope(x, 0.0, 1.0, 1.0))?))
@@ -357,7 +357,7 @@ pub fn range_gradient(x: &[f32], dy: &[f32], grid: Grid) -> Result<(f32, f32)> {
 /// ```
 pub fn lsq_gradient_scale(elements: usize, max_code: i32) -> Result<f32> {
     check_counts(elements, max_code)?;
-    Ok((1.0 / sqrt(elements as f64 * f64::from(max_code))) as f32)
+    Ok((1.0 / libm::sqrt(elements as f64 * f64::from(max_code))) as f32)
 }
 
 /// LSQ's first scale, `2 · mean|x| / √Qp` (arXiv:1902.08153, section 2.1); 1 if `x` is all zeros.
@@ -378,7 +378,7 @@ pub fn lsq_initial_scale(x: &[f32], max_code: i32) -> Result<f32> {
     if sum == 0.0 {
         return Ok(1.0);
     }
-    let scale = 2.0 * (sum / x.len() as f64) / sqrt(f64::from(max_code));
+    let scale = 2.0 * (sum / x.len() as f64) / libm::sqrt(f64::from(max_code));
     Ok((scale as f32).clamp(f32::from_bits(1), f32::MAX))
 }
 
@@ -394,17 +394,6 @@ fn check_counts(elements: usize, max_code: i32) -> Result<()> {
     Ok(())
 }
 
-/// `√x` for `x >= 1`, by Newton's method: `f64::sqrt` needs std.
-fn sqrt(x: f64) -> f64 {
-    // Half the exponent; the mantissa along with it is at most 6.1 % off. Every step squares that:
-    // 1.9e-3, 1.8e-6, 1.6e-12, below the unit of f64.
-    let mut root = f64::from_bits((x.to_bits() >> 1) + (1023 << 51));
-    for _ in 0..4 {
-        root = 0.5 * (root + x / root);
-    }
-    root
-}
-
 /// PACT's gradients: writes `dx = dy` where `0 <= x < alpha` and 0 elsewhere, and returns the
 /// gradient of the clipping level, the sum of the `dy` where `x >= alpha` (Choi et al., "PACT:
 /// Parameterized Clipping Activation for Quantized Neural Networks", arXiv:1805.06085, equations 1
@@ -413,7 +402,7 @@ fn sqrt(x: f64) -> f64 {
 /// [`forward`] on [`Grid::pact`] is what this is the gradient of.
 ///
 /// # Errors
-/// [`Error::NotPositive`] for an impossible `alpha`; otherwise as [`straight_through`].
+/// [`Error::Parameter`] for an impossible `alpha`; otherwise as [`straight_through`].
 ///
 /// # Example
 /// ```
@@ -432,16 +421,4 @@ pub fn pact_gradient(x: &[f32], dy: &[f32], alpha: f32, dx: &mut [f32]) -> Resul
         *dx = if (0.0..alpha).contains(x) { dy } else { 0.0 };
     }
     Ok(dalpha)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn newtons_root_is_the_root() {
-        for x in (0..200).map(|i| 1.37_f64.powi(i)).chain([1.0, 4.0 - 1e-15, 4.0, 1e18]) {
-            assert!((sqrt(x) / x.sqrt() - 1.0).abs() < 4e-16, "{x}");
-        }
-    }
 }

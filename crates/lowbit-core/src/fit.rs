@@ -1,5 +1,6 @@
 use crate::{
     Error, Params, QuantScheme, Result, Rounding, ScaleFormat, ZeroFormat,
+    range::check_percent,
     rounding::{nearest_even, nearest_even_i32},
 };
 
@@ -299,9 +300,7 @@ impl Fit {
     pub(crate) fn check(&self) -> Result<()> {
         let parameter = |what, value, expected| Err(Error::Parameter { what, value, expected });
         match self.range {
-            Range::Percentile(percent) if !(percent > 0.0 && percent <= 100.0) => {
-                Err(Error::Percentile { percent })
-            }
+            Range::Percentile(percent) => check_percent(percent).map(drop),
             Range::Search { grid: 0, .. } => parameter("grid", 0.0, "at least 1"),
             Range::Search { grid, candidates, .. } if candidates == 0 || candidates > grid => {
                 parameter("candidates", f64::from(candidates), "at least 1, at most grid")

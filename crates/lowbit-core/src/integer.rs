@@ -130,11 +130,11 @@ impl Multiplier {
     /// The nearest multiplier to `value`, ties away from zero; `Sx·Sw / Sy` for a layer.
     ///
     /// # Errors
-    /// [`Error::NotPositive`] if `value` is zero, negative, infinite or NaN;
+    /// [`Error::Parameter`] if `value` is zero, negative, infinite or NaN;
     /// [`Error::OutOfRange`] with the shift it would need if it is outside `2^−32..2^30`.
     pub fn new(value: f64) -> Result<Self> {
         if !(value.is_finite() && value > 0.0) {
-            return Err(Error::NotPositive { what: "multiplier", got: value });
+            return Err(Error::not_positive("multiplier", value));
         }
         // value = significand · 2^(exponent − 52). (Not for subnormal numbers, but their shift is
         // far out of range all the same.)
@@ -239,7 +239,7 @@ fn check_shape(what: &'static str, expected: (usize, usize), got: (usize, usize)
 /// `weight_scales` has one element for all outputs, or one for each.
 ///
 /// # Errors
-/// [`Error::Length`] if `codes` or `weight_scales` do not fit `bias`, [`Error::NotPositive`] for an
+/// [`Error::Length`] if `codes` or `weight_scales` do not fit `bias`, [`Error::Parameter`] for an
 /// impossible scale, [`Error::NotFinite`] (row 0) and [`Error::BiasOverflow`] with the position of
 /// the first such bias. `codes` is not written then.
 ///
@@ -269,7 +269,7 @@ pub fn quantize_bias(
     let weights = weight_scales.iter().map(|&scale| ("weight scale", scale));
     for (what, scale) in weights.chain([("input scale", input_scale)]) {
         if !(scale.is_finite() && scale > 0.0) {
-            return Err(Error::NotPositive { what, got: scale.into() });
+            return Err(Error::not_positive(what, scale));
         }
     }
     let code = |index: usize| {

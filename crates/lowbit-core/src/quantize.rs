@@ -48,8 +48,7 @@ impl QMatrix {
     /// [`Range::Search`](crate::Range::Search); other ranges do not look at it.
     ///
     /// # Errors
-    /// Those of [`quantize`](Self::quantize); [`Error::Percentile`] and [`Error::Parameter`] for an
-    /// impossible fit, [`Error::Length`] if `importance` does not have `k` elements,
+    /// Those of [`quantize`](Self::quantize); [`Error::Parameter`] for an impossible fit, [`Error::Length`] if `importance` does not have `k` elements,
     /// [`Error::NotFinite`] or [`Error::Parameter`] if one is no number of 0 or more.
     ///
     /// # Example

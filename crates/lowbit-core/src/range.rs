@@ -51,7 +51,7 @@ pub fn min_max(x: &[f32]) -> Result<(f32, f32)> {
 /// off is cut from each tail.
 ///
 /// # Errors
-/// [`Error::Percentile`] outside (0, 100], and those of [`min_max`].
+/// [`Error::Parameter`] outside (0, 100], and those of [`min_max`].
 pub fn percentile(x: &[f32], percent: f64) -> Result<(f32, f32)> {
     let tail = check_percent(percent).map(|p| (100.0 - p) / 2.0)?;
     min_max(x)?;
@@ -284,7 +284,7 @@ impl Histogram {
     /// share is reached, never more than the largest `|x|`.
     ///
     /// # Errors
-    /// [`Error::Percentile`] outside (0, 100], [`Error::Empty`] before the first number.
+    /// [`Error::Parameter`] outside (0, 100], [`Error::Empty`] before the first number.
     pub fn percentile_abs(&self, percent: f64) -> Result<f32> {
         let share = check_percent(percent)? / 100.0;
         let bins = self.filled()?;
@@ -371,8 +371,12 @@ fn exponent_for(amax: f32) -> i32 {
     libm::frexpf(amax).1 - BINS.ilog2() as i32
 }
 
-fn check_percent(percent: f64) -> Result<f64> {
-    if percent > 0.0 && percent <= 100.0 { Ok(percent) } else { Err(Error::Percentile { percent }) }
+pub(crate) fn check_percent(percent: f64) -> Result<f64> {
+    if percent > 0.0 && percent <= 100.0 {
+        return Ok(percent);
+    }
+    let (what, expected) = ("percentile", "more than 0, at most 100");
+    Err(Error::Parameter { what, value: percent, expected })
 }
 
 /// The element at share `q` of the sorted `x`, interpolated linearly between two neighbours.

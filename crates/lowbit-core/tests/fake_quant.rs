@@ -11,7 +11,7 @@ use lowbit_core::fake_quant::{
     Grid, forward, lsq_gradient_scale, lsq_initial_scale, pact_gradient, range_gradient,
     scale_gradient, straight_through, zero_gradient,
 };
-use lowbit_core::{Error, Granularity, Mat, QMatrix, QuantScheme, ScaleFormat};
+use lowbit_core::{Error, Granularity, Mat, QMatrix, QuantScheme, ScaleFormat, ZeroFormat};
 use proptest::prelude::*;
 
 /// A grid with its parameters as real numbers.
@@ -325,14 +325,14 @@ proptest! {
         w in prop::collection::vec(-2.0_f32..2.0, 1..40), bits in 2..=8_u8, symmetric in any::<bool>(),
     ) {
         let scheme = QuantScheme {
-            symmetric,
+            zero: if symmetric { ZeroFormat::Midpoint } else { ZeroFormat::Int },
             scale_format: ScaleFormat::F32,
             ..QuantScheme::affine(bits, Granularity::PerTensor)
         };
         let w = Mat::new(w.clone(), 1, w.len()).unwrap();
         let q = QMatrix::quantize(w.as_ref(), scheme).unwrap();
-        let (scale, zero) = q.params(0, 0);
-        let grid = Grid::new(scale, zero.into(), 0..=(1 << bits) - 1).unwrap();
+        let params = q.params(0, 0);
+        let grid = Grid::new(params.scale, params.zero as i32, 0..=(1 << bits) - 1).unwrap();
         prop_assert_eq!(run(w.data(), grid), q.dequantize().data().to_vec());
     }
 }
@@ -422,12 +422,25 @@ fn extreme_grids_work() {
 fn impossible_operands_are_errors_and_nothing_is_written() {
     for scale in [0.0, -0.0, -1.0, f32::INFINITY, f32::NEG_INFINITY] {
         let got = f64::from(scale);
-        assert_eq!(Grid::new(scale, 0, 0..=1), Err(Error::NotPositive { what: "scale", got }));
+        assert_eq!(
+            Grid::new(scale, 0, 0..=1),
+            Err(Error::Parameter {
+                what: "scale",
+                value: got,
+                expected: "a positive finite number"
+            })
+        );
         let what = "clipping level";
-        assert_eq!(Grid::pact(scale, 4), Err(Error::NotPositive { what, got }));
-        assert_eq!(pact_gradient(&[], &[], scale, &mut []), Err(Error::NotPositive { what, got }));
+        assert_eq!(
+            Grid::pact(scale, 4),
+            Err(Error::Parameter { what, value: got, expected: "a positive finite number" })
+        );
+        assert_eq!(
+            pact_gradient(&[], &[], scale, &mut []),
+            Err(Error::Parameter { what, value: got, expected: "a positive finite number" })
+        );
     }
-    assert!(matches!(Grid::new(f32::NAN, 0, 0..=1), Err(Error::NotPositive { .. })));
+    assert!(matches!(Grid::new(f32::NAN, 0, 0..=1), Err(Error::Parameter { .. })));
     assert!(matches!(Grid::new(f32::MAX, 0, 0..=2), Err(Error::RealRange { .. })));
     fn range<T>(what: &'static str, min: i64, max: i64, got: i64) -> Result<T, Error> {
         Err(Error::OutOfRange { what, min, max, got })

@@ -303,9 +303,16 @@ fn a_multiplier_that_rounds_up_to_a_power_of_two_carries() {
 fn impossible_operands_are_errors_and_nothing_is_written() {
     for value in [0.0, -0.0, -1.0, f64::INFINITY, f64::NEG_INFINITY] {
         let error = Multiplier::new(value).unwrap_err();
-        assert_eq!(error, Error::NotPositive { what: "multiplier", got: value });
+        assert_eq!(
+            error,
+            Error::Parameter {
+                what: "multiplier",
+                value: value,
+                expected: "a positive finite number"
+            }
+        );
     }
-    assert!(matches!(Multiplier::new(f64::NAN), Err(Error::NotPositive { .. })));
+    assert!(matches!(Multiplier::new(f64::NAN), Err(Error::Parameter { .. })));
     let shift = |got| Error::OutOfRange { what: "shift of a multiplier", min: -31, max: 30, got };
     let (small, large) = (2.0_f64.powi(-32), 2.0_f64.powi(30));
     assert_eq!(Multiplier::new(small).map(Multiplier::shift), Ok(-31));
@@ -325,8 +332,26 @@ fn impossible_operands_are_errors_and_nothing_is_written() {
     for (bias, input, weights, expected) in [
         (&[1.0, 2.0, 3.0][..], 1.0, &[1.0][..], length("bias codes", 3, 2)),
         (&[1.0, 2.0], 1.0, &[1.0, 1.0, 1.0], length("weight scales", 2, 3)),
-        (&[1.0, 2.0], 1.0, &[1.0, -0.5], Error::NotPositive { what: "weight scale", got: -0.5 }),
-        (&[1.0, 2.0], 0.0, &[1.0], Error::NotPositive { what: "input scale", got: 0.0 }),
+        (
+            &[1.0, 2.0],
+            1.0,
+            &[1.0, -0.5],
+            Error::Parameter {
+                what: "weight scale",
+                value: -0.5,
+                expected: "a positive finite number",
+            },
+        ),
+        (
+            &[1.0, 2.0],
+            0.0,
+            &[1.0],
+            Error::Parameter {
+                what: "input scale",
+                value: 0.0,
+                expected: "a positive finite number",
+            },
+        ),
         (&[1.0, f32::NAN], 1.0, &[1.0], Error::NotFinite { what: "bias", row: 0, col: 1 }),
         (
             &[1.0, 2_147_483_648.0],

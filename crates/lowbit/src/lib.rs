@@ -40,6 +40,7 @@ pub use lowbit_core::{
 };
 pub use lowbit_kernels::{PackedLinear, kernels};
 
+pub use lowbit_core::{fake_quant, integer};
 pub use lowbit_dtypes as dtypes;
 pub use lowbit_formats as formats;
 
