@@ -305,11 +305,7 @@ fn impossible_operands_are_errors_and_nothing_is_written() {
         let error = Multiplier::new(value).unwrap_err();
         assert_eq!(
             error,
-            Error::Parameter {
-                what: "multiplier",
-                value: value,
-                expected: "a positive finite number"
-            }
+            Error::Parameter { what: "multiplier", value, expected: "a positive finite number" }
         );
     }
     assert!(matches!(Multiplier::new(f64::NAN), Err(Error::Parameter { .. })));
