@@ -69,6 +69,9 @@ pub enum ActivationScales {
     },
 }
 
+/// Twice rounded, as `LARGEST / 127 · 127`, it is still finite; `f32::MAX` is not.
+const LARGEST: f32 = f32::from_bits(f32::MAX.to_bits() - 1);
+
 impl ActivationType {
     /// The largest level.
     const fn reach(self) -> f32 {
@@ -95,13 +98,12 @@ impl ActivationType {
             return Err(Error::Parameter { what: "end of a range", value, expected });
         }
         let (lo, hi) = (lo.min(0.0), hi.max(0.0));
+        // Beyond half of f32's reach, hi − lo may overflow: then the range is made smaller.
         let span = match self {
-            Self::UInt8 if (hi - lo).is_finite() => hi - lo,
-            // Only beyond half of f32's reach: then the range is made a little smaller.
-            Self::UInt8 => f32::MAX,
+            Self::UInt8 => hi - lo,
             _ => hi.max(-lo),
         };
-        let scale = match span / self.reach() {
+        let scale = match span.min(LARGEST) / self.reach() {
             0.0 => 1.0,
             scale => scale,
         };
@@ -329,7 +331,7 @@ pub fn quantize_row_int8(x: &[f32], codes: &mut [i8]) -> Result<f32> {
             if max >= f32::INFINITY.to_bits() {
                 return None;
             }
-            let scale = match f32::from_bits(max) / 127.0 {
+            let scale = match f32::from_bits(max).min(LARGEST) / 127.0 {
                 0.0 => 1.0,
                 scale => scale,
             };
