@@ -172,13 +172,35 @@ struct Add<'a, C, const PLAIN: bool> {
     dst: &'a mut [C],
 }
 
+/// Numbers that are searched for NaN together.
+const AT_ONCE: usize = 512;
+
 impl<C: Code, const PLAIN: bool> Kernel for Add<'_, C, PLAIN> {
     #[inline(always)]
     fn run<S: Simd>(self, _: S) {
         let e = self.e;
-        for (code, x) in self.dst.iter_mut().zip(self.src) {
-            *code = C::from_bits(e.add::<PLAIN>(x.to_bits()));
+        let (x, x_rest) = self.src.as_chunks::<AT_ONCE>();
+        let (codes, codes_rest) = self.dst.as_chunks_mut::<AT_ONCE>();
+        for (codes, x) in codes.iter_mut().zip(x) {
+            // As though there were no NaN, and again if there was one.
+            let mut largest = 0;
+            for (code, x) in codes.iter_mut().zip(x) {
+                let bits = x.to_bits();
+                largest = largest.max(bits & MAGNITUDE);
+                *code = C::from_bits(e.signed::<PLAIN>(e.add_magnitude::<PLAIN>(bits), bits));
+            }
+            if largest > INFINITY {
+                add_slice::<C, PLAIN>(e, x, codes);
+            }
         }
+        add_slice::<C, PLAIN>(e, x_rest, codes_rest);
+    }
+}
+
+#[inline(always)]
+fn add_slice<C: Code, const PLAIN: bool>(e: Encoder, src: &[f32], dst: &mut [C]) {
+    for (code, x) in dst.iter_mut().zip(src) {
+        *code = C::from_bits(e.add::<PLAIN>(x.to_bits()));
     }
 }
 
@@ -229,12 +251,17 @@ impl Encoder {
     /// the low bits: 0 .. 2^(M+1). Adding p's exponent counts it in; the hidden bit in the significand is one of it.
     #[inline(always)]
     fn add<const PLAIN: bool>(&self, bits: u32) -> u32 {
+        self.finish::<PLAIN>(self.add_magnitude::<PLAIN>(bits), bits)
+    }
+
+    /// The magnitude of [`add`](Self::add); if plain, with anything above its low 16 bits.
+    #[inline(always)]
+    fn add_magnitude<const PLAIN: bool>(&self, bits: u32) -> u32 {
         let a = (bits & MAGNITUDE).min(self.limit);
         let p = a.max(self.min_normal) & INFINITY;
-        let sum = f32::from_bits(a) + f32::from_bits(p) * self.magic;
-        let magnitude =
-            (sum.to_bits() & 0x7f_ffff) + ((p - (self.min_normal & INFINITY)) >> self.shift);
-        self.finish::<PLAIN>(magnitude, bits)
+        let sum = (f32::from_bits(a) + f32::from_bits(p) * self.magic).to_bits();
+        let significand = if PLAIN { sum } else { sum & 0x7f_ffff };
+        significand.wrapping_add((p - (self.min_normal & INFINITY)) >> self.shift)
     }
 
     /// In any rounding, by shifts: see `Format::round`.
@@ -254,14 +281,22 @@ impl Encoder {
     /// Overflow, NaN and sign.
     #[inline(always)]
     fn finish<const PLAIN: bool>(&self, magnitude: u32, bits: u32) -> u32 {
+        let sign = bits >> self.sign_shift & self.sign_bit;
+        let nan = self.nan | sign & self.nan_sign;
+        let code = self.signed::<PLAIN>(magnitude, bits);
+        if bits & MAGNITUDE > INFINITY { nan } else { code }
+    }
+
+    /// Overflow and sign; plain where neither can be wrong.
+    #[inline(always)]
+    fn signed<const PLAIN: bool>(&self, magnitude: u32, bits: u32) -> u32 {
         let mut magnitude = magnitude;
         let mut sign = bits >> self.sign_shift & self.sign_bit;
         if !PLAIN {
             magnitude = if magnitude > self.max { self.overflow } else { magnitude };
             sign = if magnitude < self.min_signed { 0 } else { sign };
         }
-        let nan = self.nan | sign & self.nan_sign;
-        if bits & MAGNITUDE > INFINITY { nan } else { magnitude | sign }
+        magnitude | sign
     }
 }
 

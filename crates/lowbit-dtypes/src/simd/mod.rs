@@ -219,3 +219,15 @@ impl Simd for Plain {
         out
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use crate::Table16;
+
+    #[test]
+    fn the_usual_tables_take_few_steps() {
+        let steps = |table: Table16| table.search.steps;
+        assert_eq!([Table16::NF4, Table16::IQ4_NL].map(steps), [1; 2]);
+        assert_eq!([Table16::AF4, Table16::FP4_BNB].map(steps), [2, 3]);
+    }
+}

@@ -162,10 +162,12 @@ fn every_code_decodes_in_slices_as_alone() {
 
 #[test]
 fn every_length_and_alignment_gives_the_same() {
-    let x: Vec<f32> = (0..400).map(|i| (i as f32 - 200.0) * 0.37).collect();
+    // One NaN, behind the first 512 of most.
+    let mut x: Vec<f32> = (0..1100).map(|i| (i as f32 - 200.0) * 0.37).collect();
+    x[900] = f32::NAN;
     let table = Table16::FP4_BNB;
     for isa in Isa::available() {
-        for length in (0..140).chain([255, 256, 257]) {
+        for length in (0..140).chain([255, 256, 257, 511, 512, 513, 1030]) {
             for start in 0..17 {
                 let src = &x[start..start + length];
                 for rounding in ROUNDINGS {
