@@ -152,6 +152,17 @@ fn bench_convert_reports_a_rate_for_each_size() {
 }
 
 #[test]
+fn bench_quantize_reports_a_rate_for_each_scheme() {
+    let output = lowbit(&["bench", "quantize", "--scheme", "activation-int8", "--json"]);
+    let report: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+    let rows = report["rows"].as_array().unwrap();
+    assert_eq!(rows.len(), 1);
+    assert_eq!(rows[0]["scheme"], "activation-int8");
+    assert!(rows[0]["gbps"].as_f64().unwrap() > 0.0);
+    refuses(&["bench", "quantize", "--scheme", "int9"], &["int9", "int4-g32"]);
+}
+
+#[test]
 fn requests_that_make_no_sense_are_refused() {
     refuses(&["bench", "convert", "--to", "f9"], &["f9", "e4m3"]);
     refuses(&["compare", "--methods", "int8,int99"], &["int99", "int4-g32"]);

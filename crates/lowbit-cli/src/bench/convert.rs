@@ -1,6 +1,6 @@
-//! `lowbit bench`: what this machine does.
+//! `lowbit bench convert`: whole slices between number formats.
 
-use std::{hint::black_box, io::Write, time::Instant};
+use std::{hint::black_box, io::Write};
 
 use anyhow::{Result, anyhow};
 use lowbit::dtypes::{
@@ -9,23 +9,11 @@ use lowbit::dtypes::{
 };
 use serde::Serialize;
 
+use super::{median_seconds, numbers};
 use crate::progress;
 
-/// Options of `lowbit bench`.
 #[derive(clap::Args)]
-pub(crate) struct Options {
-    #[command(subcommand)]
-    what: What,
-}
-
-#[derive(clap::Subcommand)]
-enum What {
-    /// Conversions of whole slices between number formats, on one thread
-    Convert(ConvertOptions),
-}
-
-#[derive(clap::Args)]
-struct ConvertOptions {
+pub(super) struct Options {
     /// Only conversions to this format
     #[arg(long, value_name = "FORMAT")]
     to: Option<String>,
@@ -50,13 +38,7 @@ struct Report {
     rows: Vec<Row>,
 }
 
-pub(crate) fn run(options: &Options) -> Result<()> {
-    match &options.what {
-        What::Convert(options) => convert(options),
-    }
-}
-
-fn convert(options: &ConvertOptions) -> Result<()> {
+pub(super) fn run(options: &Options) -> Result<()> {
     let mut names = Vec::new();
     conversions(64, &mut |from, to, _, _| {
         names.push((from, to));
@@ -98,20 +80,6 @@ fn convert(options: &ConvertOptions) -> Result<()> {
         writeln!(out, "{:<8} {:<8} {:>10} {:>8.1}", row.from, row.to, row.bytes, row.gbps)?;
     }
     Ok(())
-}
-
-/// The median of repetitions over about a fifth of a second, at least five, after one to warm up.
-fn median_seconds(work: &mut dyn FnMut() -> Result<()>) -> Result<(f64, usize)> {
-    work()?;
-    let began = Instant::now();
-    let mut seconds = Vec::new();
-    while seconds.len() < 5 || began.elapsed().as_secs_f64() < 0.2 {
-        let start = Instant::now();
-        work()?;
-        seconds.push(start.elapsed().as_secs_f64().max(1e-9));
-    }
-    seconds.sort_by(f64::total_cmp);
-    Ok((seconds[seconds.len() / 2], seconds.len()))
 }
 
 /// Is given each conversion: from, to, bytes of the wider side, and what does it once.
@@ -223,15 +191,4 @@ fn conversions(bytes: usize, visit: &mut Visit<'_>) -> Result<()> {
         }
         Ok(())
     })
-}
-
-/// Numbers such as weights have: of many magnitudes, both signs, and the same every time.
-fn numbers(count: usize) -> Vec<f32> {
-    let mut state = 1_u64;
-    let mut uniform = || {
-        state =
-            state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-        (state >> 40) as f32 / (1 << 24) as f32 - 0.5
-    };
-    (0..count).map(|_| uniform() * (0.01 + uniform().abs())).collect()
 }

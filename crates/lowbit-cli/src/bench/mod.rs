@@ -1,0 +1,55 @@
+//! `lowbit bench`: what this machine does.
+
+mod convert;
+mod quantize;
+
+use std::time::Instant;
+
+use anyhow::Result;
+
+/// Options of `lowbit bench`.
+#[derive(clap::Args)]
+pub(crate) struct Options {
+    #[command(subcommand)]
+    what: What,
+}
+
+#[derive(clap::Subcommand)]
+enum What {
+    /// Conversions of whole slices between number formats, on one thread
+    Convert(convert::Options),
+    /// Rounding weights and activations to nearest, on one thread
+    Quantize(quantize::Options),
+}
+
+pub(crate) fn run(options: &Options) -> Result<()> {
+    match &options.what {
+        What::Convert(options) => convert::run(options),
+        What::Quantize(options) => quantize::run(options),
+    }
+}
+
+/// The median of repetitions over about a fifth of a second, at least five, after one to warm up.
+fn median_seconds(work: &mut dyn FnMut() -> Result<()>) -> Result<(f64, usize)> {
+    work()?;
+    let began = Instant::now();
+    let mut seconds = Vec::new();
+    while seconds.len() < 5 || began.elapsed().as_secs_f64() < 0.2 {
+        let start = Instant::now();
+        work()?;
+        seconds.push(start.elapsed().as_secs_f64().max(1e-9));
+    }
+    seconds.sort_by(f64::total_cmp);
+    Ok((seconds[seconds.len() / 2], seconds.len()))
+}
+
+/// Numbers such as weights have: of many magnitudes, both signs, and the same every time.
+fn numbers(count: usize) -> Vec<f32> {
+    let mut state = 1_u64;
+    let mut uniform = || {
+        state =
+            state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        (state >> 40) as f32 / (1 << 24) as f32 - 0.5
+    };
+    (0..count).map(|_| uniform() * (0.01 + uniform().abs())).collect()
+}
