@@ -162,10 +162,11 @@ impl Search {
         this
     }
 
-    /// What the low 5 bits of `x · cells_per_unit + CELL` are if it is rounded once: the product is exact in f64.
+    /// What the low 5 bits of `x · cells_per_unit + CELL` are if it is rounded once: the product is exact in f64, whose
+    /// last bit is worth 1 at 1.5·2^52.
     const fn cell(&self, x: f32) -> usize {
-        let cell = x as f64 * self.cells_per_unit as f64 + (1.5 * (1u64 << 52) as f64 + 16.0);
-        (cell.to_bits() & 31) as usize
+        const WIDE: f64 = CELL as f64 + 1.5 * ((1u64 << 52) - (1 << 23)) as f64;
+        ((x as f64 * self.cells_per_unit as f64 + WIDE).to_bits() & 31) as usize
     }
 }
 
