@@ -1,31 +1,43 @@
-//! AVX2 and FMA: 256-bit vectors, eight output features each.
+//! AVX2 and FMA, with and without VNNI: 256-bit vectors, eight output features each.
 
 use core::arch::x86_64::*;
 
 use super::Kernel;
 use crate::tile::{self, Int8Row, Isa, NR, Panel};
 
-pub(super) const KERNEL: Kernel = Kernel {
+pub(super) const AVX_VNNI: Kernel = Kernel {
+    name: "avx_vnni",
+    is_available: || (AVX2.is_available)() && is_x86_feature_detected!("avxvnni"),
+    int8: int8_vnni,
+    f32,
+};
+
+pub(super) const AVX2: Kernel = Kernel {
     name: "avx2",
     is_available: || is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma"),
     int8,
     f32,
 };
 
+#[target_feature(enable = "avx2,fma,avxvnni")]
+fn int8_vnni(panel: &Panel<'_>, rows: &[Int8Row<'_>], out: &mut [[f32; NR]]) {
+    tile::int8::<_, 6, 2, 2, 4, 8>(Avx::<true>::with_vnni(), panel, rows, out);
+}
+
 #[target_feature(enable = "avx2,fma")]
 fn int8(panel: &Panel<'_>, rows: &[Int8Row<'_>], out: &mut [[f32; NR]]) {
-    tile::int8::<_, 4, 2, 2, 4, 8>(Avx2::new(), panel, rows, out);
+    tile::int8::<_, 4, 2, 2, 4, 8>(Avx::<false>::new(), panel, rows, out);
 }
 
 #[target_feature(enable = "avx2,fma")]
 fn f32(panel: &Panel<'_>, rows: &[&[f32]], out: &mut [[f32; NR]]) {
-    tile::f32::<_, 4, 2, 2, 4, 8>(Avx2::new(), panel, rows, out);
+    tile::f32::<_, 4, 2, 2, 4, 8>(Avx::<false>::new(), panel, rows, out);
 }
 
 #[derive(Clone, Copy)]
-struct Avx2(());
+struct Avx<const VNNI: bool>(());
 
-impl Avx2 {
+impl Avx<false> {
     /// Safe to call only where the features are on, so that a value proves they are.
     #[target_feature(enable = "avx2,fma")]
     fn new() -> Self {
@@ -33,16 +45,26 @@ impl Avx2 {
     }
 }
 
-// SAFETY (of every block below): `self` proves avx2 and fma; loads and stores go through
-// references to arrays of exactly a vector's size.
-impl Isa<8> for Avx2 {
+impl Avx<true> {
+    /// As [`new`](Avx::new).
+    #[target_feature(enable = "avx2,fma,avxvnni")]
+    fn with_vnni() -> Self {
+        Self(())
+    }
+}
+
+// SAFETY (of every block below): `self` proves avx2 and fma, and avxvnni if VNNI; loads and stores
+// go through references to arrays of exactly a vector's size.
+impl<const VNNI: bool> Isa<8> for Avx<VNNI> {
     type I32 = __m256i;
     type F32 = __m256;
 
-    /// Codes become signed: of `|code − 128| ≤ 128` and `|a| ≤ 127`, two products add up to at most
+    /// With VNNI, `vpdpbusd` multiplies unsigned by signed bytes and adds without an intermediate.
+    ///
+    /// Without, codes become signed: of `|code − 128| ≤ 128` and `|a| ≤ 127`, two products add up to at most
     /// 2·128·127 = 32512, which fits an i16. Unsigned, 2·255·127 = 64770 would not, and
     /// `vpmaddubsw` would say 32767.
-    const BYTES_OFFSET: i32 = 128;
+    const BYTES_OFFSET: i32 = if VNNI { 0 } else { 128 };
 
     #[inline(always)]
     fn zero_i32(self) -> __m256i {
@@ -110,6 +132,9 @@ impl Isa<8> for Avx2 {
     fn dot_nibbles(self, acc: __m256i, codes: __m256i, a: __m256i) -> __m256i {
         // SAFETY: see above.
         unsafe {
+            if VNNI {
+                return _mm256_dpbusd_avx_epi32(acc, codes, a);
+            }
             let pairs = _mm256_maddubs_epi16(codes, a); // at most 2·15·127 = 3810
             _mm256_add_epi32(acc, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)))
         }
@@ -119,6 +144,9 @@ impl Isa<8> for Avx2 {
     fn dot_bytes(self, acc: __m256i, codes: __m256i, a: __m256i) -> __m256i {
         // SAFETY: see above.
         unsafe {
+            if VNNI {
+                return _mm256_dpbusd_avx_epi32(acc, codes, a);
+            }
             let w = _mm256_xor_si256(codes, _mm256_set1_epi8(i8::MIN)); // code − 128
             // |w|·(sign(w)·a) = w·a. |−128| is 128 as u8, and a is never −128, so both are exact.
             let pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(w), _mm256_sign_epi8(a, w));

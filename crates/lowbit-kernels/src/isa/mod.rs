@@ -29,7 +29,9 @@ const KERNELS: &[Kernel] = &[
     #[cfg(target_arch = "x86_64")]
     avx512_vnni::KERNEL,
     #[cfg(target_arch = "x86_64")]
-    avx2::KERNEL,
+    avx2::AVX_VNNI,
+    #[cfg(target_arch = "x86_64")]
+    avx2::AVX2,
     scalar::KERNEL,
 ];
 
