@@ -15,12 +15,15 @@
 #![forbid(unsafe_code)]
 
 mod calibration;
+pub mod calibrations;
 mod methods;
 mod rtn;
+mod second_moment;
 
 use lowbit_core::{MatRef, QLinear, Result};
 
 pub use calibration::Calibration;
+pub use calibrations::Calibrations;
 pub use methods::{METHODS, Method};
 pub use rtn::Rtn;
 

@@ -1,14 +1,13 @@
 //! The model to work on: a folder of the user's, or the one that is part of the program.
 
 use std::{
-    collections::BTreeMap,
     path::{Path, PathBuf},
     sync::Arc,
 };
 
 use anyhow::{Result, anyhow};
 use clap::builder::{PossibleValue, PossibleValuesParser, TypedValueParser};
-use lowbit::{Calibration, Context, METHODS, Method, PackedLinear, kernels};
+use lowbit::{Calibration, Calibrations, Context, METHODS, Method, PackedLinear, kernels};
 use lowbit_lm::{Checkpoint, Model, Windows, eval};
 
 use crate::progress;
@@ -51,9 +50,6 @@ pub(crate) fn read(file: &Path) -> Result<Vec<u8>> {
     std::fs::read(file).map_err(|e| anyhow!("cannot read {}: {e}", file.display()))
 }
 
-/// Statistics of the input of each linear layer, by the layer's name.
-pub(crate) type Calibrations = BTreeMap<String, Arc<Calibration>>;
-
 /// What `methods` need to know of the layers' inputs: nothing, or statistics over the documents in
 /// calibration.tokens of the model.
 pub(crate) fn calibrate(
@@ -72,7 +68,8 @@ pub(crate) fn calibrate(
     };
     let windows = Windows::from_tokens(model.config(), &file, &tokens)?;
     let bar = progress(windows.predicted(), "calibrating");
-    let calibrations = eval::calibrate(model, &windows, ctx, |done| bar.set_position(done as u64))?;
+    let calibrations =
+        eval::calibrate(model, &windows, false, ctx, |done| bar.set_position(done as u64))?;
     bar.finish_and_clear();
     Ok(calibrations)
 }

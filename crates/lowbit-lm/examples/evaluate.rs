@@ -31,7 +31,7 @@ fn main() -> Result<(), Box<dyn Error>> {
         println!("{:?}", measure_speed(&model, Duration::from_millis(300), ctx)?);
 
         let start = Instant::now();
-        let calibration = eval::calibrate(&model, &other_text.first(4000), ctx, |_| ())?;
+        let calibration = eval::calibrate(&model, &other_text.first(4000), false, ctx, |_| ())?;
         println!("calibrated in {:?}", start.elapsed());
         let quantized = model.with_linears(&checkpoint, |layer| {
             let w = layer.weight.as_ref();

@@ -11,7 +11,7 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use lowbit::{Calibration, Context, Mat};
+use lowbit::{Calibration, Calibrations, Context, Mat};
 
 use crate::{Error, KvCache, Model, Result, Windows, ops};
 
@@ -179,37 +179,61 @@ impl Baseline {
 }
 
 /// Statistics of the input of every linear layer of `model` over the windows, by the layer's name.
-/// Layers with the same input (q, k and v; gate and up) share one calibration. `progress` gets the
-/// number of tokens done so far.
+/// Layers with the same input (q, k and v; gate and up) share one calibration, as the files of
+/// [`lowbit::calibrations`] do. With `second_moment` they keep `Σ xᵀx` too, which takes the memory
+/// that [`Calibration::bytes`] says. `progress` gets the number of tokens done so far.
 ///
 /// # Errors
-/// [`Error::Layer`] if an input is not finite, and as [`Model::forward`].
+/// [`Error::Layer`] if an input is not finite or there is no memory for the second moment, and as
+/// [`Model::forward`].
+///
+/// # Example
+/// ```no_run
+/// use lowbit::calibrations;
+/// use lowbit_lm::{Checkpoint, Model, Protocol, Windows, eval};
+///
+/// let checkpoint = Checkpoint::open("models/stories3m")?;
+/// let text = b"Once upon a time, there was a little girl named Lily.";
+/// let windows = Windows::from_text(&checkpoint, "story.txt", text, &Protocol::default())?;
+/// let model = Model::load(&checkpoint)?;
+/// let ctx = &mut lowbit::Context::new();
+/// let statistics = eval::calibrate(&model, &windows, true, ctx, |_| ())?;
+/// calibrations::save(&statistics, "stories3m.calibration.safetensors".as_ref())?;
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 pub fn calibrate(
     model: &Model,
     windows: &Windows,
+    second_moment: bool,
     ctx: &mut Context,
     mut progress: impl FnMut(usize),
-) -> Result<BTreeMap<String, Arc<Calibration>>> {
+) -> Result<Calibrations> {
     // By the first of the names that share it, with the others.
     let mut shared: BTreeMap<String, (Vec<String>, Calibration)> = BTreeMap::new();
     let mut cache = KvCache::new(model.config());
+    // The model has the other one while it shows the inputs.
+    let mut own = ctx.pool().map_or_else(Context::new, |pool| Context::with_pool(pool.clone()));
     let mut done = 0;
     for tokens in windows.iter() {
         cache.truncate(0);
         model.observe(tokens, &mut cache, ctx, |names, x| {
             let Some((first, others)) = names.split_first() else { return Ok(()) };
+            let error = |cause| Error::Layer { layer: (*first).to_owned(), cause };
             if !shared.contains_key(*first) {
                 let others = others.iter().map(|&name| name.to_owned()).collect();
-                shared.insert((*first).to_owned(), (others, Calibration::new(x.cols())));
+                let calibration = match second_moment {
+                    true => Calibration::with_second_moment(x.cols()).map_err(error)?,
+                    false => Calibration::new(x.cols()),
+                };
+                shared.insert((*first).to_owned(), (others, calibration));
             }
             let Some((_, calibration)) = shared.get_mut(*first) else { return Ok(()) };
-            let error = |cause| Error::Layer { layer: (*first).to_owned(), cause };
-            calibration.observe(x).map_err(error)
+            calibration.observe(x, &mut own).map_err(error)
         })?;
         done += tokens.len() - 1;
         progress(done);
     }
-    let mut all = BTreeMap::new();
+    let mut all = Calibrations::new();
     for (first, (others, calibration)) in shared {
         let calibration = Arc::new(calibration);
         all.extend(others.into_iter().map(|name| (name, calibration.clone())));

@@ -26,7 +26,7 @@
 //!
 //! let model = Model::load(&checkpoint)?;
 //! let baseline = eval::Baseline::new(&model, &windows, ctx, |_| ())?;
-//! let calibration = eval::calibrate(&model, &windows.first(2000), ctx, |_| ())?;
+//! let calibration = eval::calibrate(&model, &windows.first(2000), false, ctx, |_| ())?;
 //!
 //! let method = Method::named("int4-g32").expect("a method");
 //! let quantized = model.with_linears(&checkpoint, |layer| {

@@ -7,6 +7,7 @@
 //! | view weights and activations you own | [`MatRef`], [`MatMut`], [`Mat`] |
 //! | say how a matrix is stored | [`QuantScheme`], [`Granularity`], [`ScaleFormat`] |
 //! | quantize | a [`Quantizer`] such as [`Rtn`], by name through [`METHODS`], with a [`Calibration`] |
+//! | collect such statistics, add them up, keep them in files | [`Calibration`], [`calibrations`] |
 //! | keep, save and inspect the result | [`QLinear`], [`QMatrix`] |
 //! | multiply, fast | [`PackedLinear`], through the trait [`Linear`], on the threads of a [`Context`] |
 //! | read checkpoints | [`formats`] |
@@ -31,7 +32,9 @@
 //! ```
 #![forbid(unsafe_code)]
 
-pub use lowbit_algorithms::{Calibration, METHODS, Method, Quantizer, Rtn};
+pub use lowbit_algorithms::{
+    Calibration, Calibrations, METHODS, Method, Quantizer, Rtn, calibrations,
+};
 pub use lowbit_core::{
     ActivationScales, ActivationScheme, ActivationType, Context, Division, Error, Fit, Granularity,
     Linear, Mat, MatMut, MatRef, Params, QActivations, QLinear, QMatrix, QuantScheme, QuantType,

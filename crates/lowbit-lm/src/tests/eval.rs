@@ -1,6 +1,6 @@
 use std::{ops::ControlFlow, sync::Arc};
 
-use lowbit::{Context, Linear, MatMut, MatRef};
+use lowbit::{Context, Linear, MatMut, MatRef, calibrations};
 use serde_json::json;
 
 use super::tiny::{Tiny, VOCAB};
@@ -173,7 +173,7 @@ fn a_model_is_its_own_equal_and_a_spoiled_one_is_not() {
 fn calibration_sees_every_layer_and_shares_what_is_the_same() {
     let (checkpoint, model) = tiny();
     let w = windows(&checkpoint, "abccba abc", &Protocol::default()).unwrap();
-    let seen = eval::calibrate(&model, &w, &mut Context::new(), |_| ()).unwrap();
+    let seen = eval::calibrate(&model, &w, true, &mut Context::new(), |_| ()).unwrap();
     let mut names = checkpoint.linear_names();
     names.sort();
     assert_eq!(names, seen.keys().cloned().collect::<Vec<_>>());
@@ -182,11 +182,27 @@ fn calibration_sees_every_layer_and_shares_what_is_the_same() {
         assert_eq!(calibration.in_features(), linear.in_features());
         assert_eq!(calibration.tokens() as usize, w.predicted() + w.len());
         assert!(calibration.abs_max().iter().all(|&max| max > 0.0));
+        assert!(calibration.second_moment().unwrap().data()[0] > 0.0);
     }
     let of = |part: &str| &seen[&format!("model.layers.1.{part}_proj")];
     assert!(Arc::ptr_eq(of("self_attn.q"), of("self_attn.v")));
     assert!(Arc::ptr_eq(of("mlp.gate"), of("mlp.up")));
     assert!(!Arc::ptr_eq(of("self_attn.q"), of("mlp.up")));
+
+    let pool = Arc::new(rayon::ThreadPoolBuilder::new().num_threads(3).build().unwrap());
+    let parallel = &mut Context::with_pool(pool);
+    assert_eq!(eval::calibrate(&model, &w, true, parallel, |_| ()).unwrap(), seen);
+    let without = eval::calibrate(&model, &w, false, parallel, |_| ()).unwrap();
+    assert!(without.values().all(|calibration| !calibration.has_second_moment()));
+
+    // Another machine has seen the same windows.
+    let mut sum = seen.clone();
+    let bytes = calibrations::to_bytes(&seen).unwrap();
+    calibrations::merge(&mut sum, &calibrations::from_bytes("other", &bytes).unwrap()).unwrap();
+    let name = "model.layers.1.mlp.up_proj";
+    assert_eq!(sum[name].tokens(), 2 * seen[name].tokens());
+    assert_eq!(sum[name].abs_mean(), seen[name].abs_mean());
+    assert!(Arc::ptr_eq(&sum[name], &sum["model.layers.1.mlp.gate_proj"]));
 }
 
 /// A layer that overflows.
@@ -224,7 +240,7 @@ fn a_model_without_finite_logits_is_an_error() {
     let ctx = &mut Context::new();
     let error = eval::perplexity(&broken, &w, ctx, |_| ()).unwrap_err().to_string();
     assert_eq!(error, "the logits after token 0 of window 0 are not finite: the model is damaged");
-    let error = eval::calibrate(&broken, &w, ctx, |_| ()).unwrap_err().to_string();
+    let error = eval::calibrate(&broken, &w, true, ctx, |_| ()).unwrap_err().to_string();
     assert!(error.starts_with("model.layers.0.self_attn.o_proj: "), "{error}");
     let go = |_: &str| ControlFlow::Continue(());
     let text = generate(&broken, checkpoint.tokenizer(), "a", 5, Sampling::default(), ctx, go);
