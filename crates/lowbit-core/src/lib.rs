@@ -35,6 +35,8 @@ mod fit;
 pub mod integer;
 mod linear;
 mod mat;
+#[cfg(feature = "std")]
+pub mod metrics;
 mod qmatrix;
 mod quantize;
 pub mod range;

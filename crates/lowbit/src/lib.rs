@@ -12,6 +12,7 @@
 //! | multiply, fast | [`PackedLinear`], through the trait [`Linear`], on the threads of a [`Context`] |
 //! | read checkpoints | [`formats`] |
 //! | convert numbers | [`dtypes`] |
+//! | measure what was lost | [`metrics`] |
 //!
 //! # Example
 //! ```
@@ -39,7 +40,7 @@ pub use lowbit_core::{
     ActivationScales, ActivationScheme, ActivationType, Context, Division, Error, Fit, Granularity,
     Linear, Mat, MatMut, MatRef, Params, QActivations, QLinear, QMatrix, QuantScheme, QuantType,
     Range, Result, Rounding, ScaleFormat, SymmetricScale, ZeroFormat, check_shapes, group_sums,
-    presets, quantize_row_int8, quantize_row_uint8, range,
+    metrics, presets, quantize_row_int8, quantize_row_uint8, range,
 };
 pub use lowbit_kernels::{PackedLinear, kernels};
 
