@@ -43,6 +43,8 @@ pub mod range;
 mod rounding;
 mod scheme;
 mod simd;
+#[cfg(feature = "testing")]
+pub mod testing;
 
 pub use activation::{
     ActivationScales, ActivationScheme, ActivationType, QActivations, group_sums,

@@ -13,6 +13,7 @@
 //! | read checkpoints | [`formats`] |
 //! | convert numbers | [`dtypes`] |
 //! | measure what was lost | [`metrics`] |
+//! | test kernels of your own | `testing`, with the feature of that name |
 //!
 //! # Example
 //! ```
@@ -36,6 +37,8 @@
 pub use lowbit_algorithms::{
     Calibration, Calibrations, METHODS, Method, Quantizer, Rtn, calibrations,
 };
+#[cfg(feature = "testing")]
+pub use lowbit_core::testing;
 pub use lowbit_core::{
     ActivationScales, ActivationScheme, ActivationType, Context, Division, Error, Fit, Granularity,
     Linear, Mat, MatMut, MatRef, Params, QActivations, QLinear, QMatrix, QuantScheme, QuantType,
@@ -52,3 +55,8 @@ pub use lowbit_formats as formats;
 #[cfg(doctest)]
 #[doc = include_str!("../../../README.md")]
 struct Readme;
+
+/// Compiles and runs the examples of the testing guide.
+#[cfg(all(doctest, feature = "testing"))]
+#[doc = include_str!("../../../docs/testing.md")]
+struct Testing;
