@@ -98,12 +98,13 @@ impl ActivationType {
             return Err(Error::Parameter { what: "end of a range", value, expected });
         }
         let (lo, hi) = (lo.min(0.0), hi.max(0.0));
-        // Beyond half of f32's reach, hi − lo may overflow: then the range is made smaller.
         let span = match self {
             Self::UInt8 => hi - lo,
             _ => hi.max(-lo),
         };
         let scale = match span.min(LARGEST) / self.reach() {
+            // Half of f32's reach on either side, where hi − lo overflows.
+            _ if span == f32::INFINITY => LARGEST / 128.0,
             0.0 => 1.0,
             scale => scale,
         };

@@ -146,12 +146,12 @@ impl Plan {
     pub(crate) fn exact_scale(&self, range: (f32, f32), extreme: f32) -> f32 {
         let (lo, hi) = self.extend(range);
         let symmetric = self.scheme.zero == ZeroFormat::Midpoint;
-        if lo == hi {
-            return match self.scheme.zero {
-                // The one weight, c, is |c| · (0 − zero) with zero = ±1.
-                ZeroFormat::Real(_) if lo != 0.0 => lo.abs(),
-                _ => 1.0,
-            };
+        if extreme == 0.0 && lo == hi {
+            return 1.0;
+        }
+        if matches!(self.scheme.zero, ZeroFormat::Real(_)) && lo == hi && lo != 0.0 {
+            // The range from 0 to the one weight: a real zero must not be large.
+            return lo.abs() / self.max_code;
         }
         let exact = if symmetric {
             let amax = hi.max(-lo);
@@ -166,7 +166,7 @@ impl Plan {
         } else {
             hi / self.max_code - lo / self.max_code
         };
-        // A quotient too small for f32.
+        // A quotient too small for f32, or a range that was cut down to one number.
         if exact == 0.0 { f32::from_bits(1).copysign(exact) } else { exact }
     }
 

@@ -243,8 +243,8 @@ fn check_input(layer: &QLinear, x: MatRef<'_, f32>) -> Result<()> {
 /// | f | for the roundings of f32 in between: `2^−21·(|w| + |lo| + s) + 2^−146` |
 ///
 /// Percentiles give the range directly. A search ends at some share of the range: s is that of the whole,
-/// dist the larger of those to the whole and to the smallest candidate. A range of one number holds that number, and has steps of its size
-/// or of 1 for others.
+/// dist the larger of those to the whole and to the smallest candidate. A range of one number holds that number;
+/// others saturate there.
 ///
 /// # Errors
 /// [`Error::NotFinite`] at the first NaN or infinity; those of an impossible scheme or fit.
@@ -361,21 +361,22 @@ impl Grid {
         let amax = hi.max(-lo);
         let always = |s: f64| 8.0 * U * (lo.abs() + s) + 8.0 * TINY;
         // One number: it is the first level, exactly but for what is stored. Others, left out by a
-        // percentile, find steps of 1 (or of that number), in which a rest may be rounded up.
+        // percentile, saturate.
         if lo == hi {
             let s = match scheme.zero {
-                ZeroFormat::Real(_) if lo != 0.0 => lo.abs(),
-                _ => 1.0,
+                ZeroFormat::Real(_) if lo != 0.0 => lo.abs() / max,
+                _ if extreme == 0.0 => 1.0,
+                _ => TINY,
             };
             let t = match scheme.zero {
                 _ if lo == 0.0 => 0.0,
                 ZeroFormat::Midpoint | ZeroFormat::Int => 0.0,
-                // The zero is the quotient of two equal numbers, ±1, unless the scale was rounded.
-                ZeroFormat::Real(format) => (s + scale_error(s)) * rounding(format, 1.0),
+                // The zero is the largest code, unless the scale was rounded.
+                ZeroFormat::Real(format) => (s + scale_error(s)) * rounding(format, max),
                 ZeroFormat::Offset(format) => rounding(format, lo),
-            };
+            } + (max + 1.0) * scale_error(s);
             let (low, high) = match scheme.zero {
-                ZeroFormat::Midpoint => (-mid, max - mid),
+                ZeroFormat::Midpoint => (-mid * s, (max - mid) * s),
                 _ => (lo, lo + max * s),
             };
             let stochastic = matches!(fit.rounding, Rounding::Stochastic { .. }) && lo != 0.0;
@@ -383,7 +384,7 @@ impl Grid {
                 exact: (!stochastic).then_some(lo),
                 inside: r * (s + scale_error(s)),
                 low: (low, t),
-                high: (high, t + max * scale_error(s)),
+                high: (high, t),
                 always: always(0.0),
                 relative: 8.0 * U,
             };
