@@ -97,7 +97,7 @@ impl Calibration {
     /// # Errors
     /// [`Error::Shape`] if `x` does not have in_features columns, [`Error::NotFinite`] at the first
     /// NaN or infinity and, with the second moment, at the first number whose square is too large
-    /// to be summed in f32 (|x| of 1.6e18 or more), [`Error::TooLarge`] beyond 2^53 tokens. Nothing
+    /// to be summed in f32 (|x| of about 1.1e18 or more), [`Error::TooLarge`] beyond 2^53 tokens. Nothing
     /// has been added then.
     pub fn observe(&mut self, x: MatRef<'_, f32>, ctx: &mut Context) -> Result<()> {
         if x.cols() != self.in_features {

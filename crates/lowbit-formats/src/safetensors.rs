@@ -1,6 +1,6 @@
 //! The safetensors container: an 8-byte header length, a JSON header, the tensors back to back.
 
-use safetensors::{SafeTensorError, SafeTensors, tensor};
+use safetensors::{SafeTensorError, tensor};
 
 use crate::{Dtype, Error, Result, TensorSource, TensorView};
 
@@ -28,7 +28,7 @@ impl<S: AsRef<[u8]>> Safetensors<S> {
     /// what its header says.
     pub fn new(file: impl Into<String>, bytes: S) -> Result<Self> {
         let file = file.into();
-        let parsed = SafeTensors::read_metadata(bytes.as_ref());
+        let parsed = read_header(bytes.as_ref());
         let (header, metadata) = parsed.map_err(|e| explain(&file, bytes.as_ref(), &e))?;
         let mut tensors: Vec<_> =
             metadata.tensors().into_iter().map(|(name, info)| (name, info.clone())).collect();
@@ -62,6 +62,26 @@ impl<S: AsRef<[u8]>> TensorSource for Safetensors<S> {
             bytes: data.ok_or_else(missing)?,
         })
     }
+}
+
+/// Length and content of the header. (`SafeTensors::read_metadata` adds up lengths that the file
+/// has chosen, which may overflow.)
+fn read_header(bytes: &[u8]) -> Result<(usize, tensor::Metadata), SafeTensorError> {
+    let (length, rest) = bytes.split_first_chunk::<8>().ok_or(SafeTensorError::HeaderTooSmall)?;
+    let length = u64::from_le_bytes(*length);
+    if length > 100_000_000 {
+        return Err(SafeTensorError::HeaderTooLarge);
+    }
+    let length = length as usize;
+    let header = rest.get(..length).ok_or(SafeTensorError::InvalidHeaderLength)?;
+    // Deserializing makes sure that tensors lie back to back and are as long as their shapes say.
+    let header: tensor::Metadata =
+        serde_json::from_slice(header).map_err(SafeTensorError::InvalidHeaderDeserialization)?;
+    let ends = header.tensors().into_values().map(|info| info.data_offsets.1);
+    if ends.max().unwrap_or(0) != rest.len() - length {
+        return Err(SafeTensorError::MetadataIncompleteBuffer);
+    }
+    Ok((length, header))
 }
 
 fn dtype(dtype: tensor::Dtype) -> Dtype {
@@ -220,6 +240,19 @@ mod tests {
         long.push(0);
         let error = Safetensors::new("f", long).unwrap_err();
         assert!(matches!(error, Error::Malformed { .. }), "{error}");
+    }
+
+    #[test]
+    fn lengths_that_add_up_to_almost_everything_are_errors() {
+        let size = (1_u64 << 61) - 1;
+        let entries: Vec<_> = (0..8)
+            .map(|i| {
+                let (from, to) = (i * size, (i + 1) * size);
+                format!(r#""{i}":{{"dtype":"U8","shape":[{size}],"data_offsets":[{from},{to}]}}"#)
+            })
+            .collect();
+        let error = error(&format!("{{{}}}", entries.join(",")), 16);
+        assert!(error.contains("m.safetensors"), "{error}");
     }
 
     #[test]
