@@ -14,7 +14,7 @@ use crate::{
 };
 
 /// Rows of activations that a task takes: enough that a panel, once in L2, is used often.
-const TASK_ROWS: usize = 64;
+const TASK_ROWS: usize = 72;
 
 /// Multiplications below which handing out tasks costs more than it gains.
 const PARALLEL_WORK: usize = if cfg!(test) { 1 } else { 1 << 19 };

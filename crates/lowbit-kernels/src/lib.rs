@@ -29,6 +29,7 @@ mod forward;
 #[allow(unsafe_code, reason = "instructions of particular CPUs are unsafe to call on others")]
 mod isa;
 mod packed;
+pub mod roofline;
 mod tile;
 
 #[cfg(test)]

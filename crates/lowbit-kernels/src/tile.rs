@@ -1,10 +1,14 @@
 //! The loop nest that every kernel shares, over the few instructions in which they differ.
 
+use std::hint::black_box;
+
+use crate::roofline::Peak;
+
 /// Output features of a panel. Two vectors of AVX-512, four of AVX2.
 pub(crate) const NR: usize = 32;
 
 /// Rows of activations that a kernel is given at most; it takes them in tiles of its own height `R`.
-pub(crate) const MR: usize = 8;
+pub(crate) const MR: usize = 24;
 
 /// How a panel holds its codes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -131,11 +135,14 @@ pub(crate) trait Isa<const L: usize>: Copy {
 /// `out[row] = Σ_groups scale·Σ (code − zero)·a` for one panel and up to [`MR`] rows.
 ///
 /// Tiles have `R` rows by `NV` vectors, as many as there are registers for; `H` of them side by side
-/// make a panel. Rows that are left over go one by one, with all `PANEL` vectors of a panel.
+/// make a panel. Rows that are left over make tiles of `R2` and of `R3`, and the last ones go one by
+/// one, with all `PANEL` vectors of a panel.
 #[inline(always)]
 pub(crate) fn int8<
     V: Isa<L>,
     const R: usize,
+    const R2: usize,
+    const R3: usize,
     const H: usize,
     const NV: usize,
     const PANEL: usize,
@@ -146,13 +153,33 @@ pub(crate) fn int8<
     rows: &[Int8Row<'_>],
     out: &mut [[f32; NR]],
 ) {
+    let (rows, out) = int8_tiles::<V, R, H, NV, L>(isa, panel, rows, out);
+    let (rows, out) = int8_tiles::<V, R2, H, NV, L>(isa, panel, rows, out);
+    let (rows, out) = int8_tiles::<V, R3, H, NV, L>(isa, panel, rows, out);
+    int8_tiles::<V, 1, 1, PANEL, L>(isa, panel, rows, out);
+}
+
+/// As many tiles of `R` rows as there are; the rows that are left over.
+#[inline(always)]
+fn int8_tiles<
+    'r,
+    'o,
+    V: Isa<L>,
+    const R: usize,
+    const H: usize,
+    const NV: usize,
+    const L: usize,
+>(
+    isa: V,
+    panel: &Panel<'_>,
+    rows: &'r [Int8Row<'r>],
+    out: &'o mut [[f32; NR]],
+) -> (&'r [Int8Row<'r>], &'o mut [[f32; NR]]) {
     let ((full, rest), (full_out, rest_out)) = (rows.as_chunks::<R>(), out.as_chunks_mut::<R>());
     for (rows, out) in full.iter().zip(full_out) {
         int8_rows::<V, R, H, NV, L>(isa, panel, rows, out);
     }
-    for (row, out) in rest.iter().zip(rest_out) {
-        int8_rows::<V, 1, 1, PANEL, L>(isa, panel, &[*row], core::array::from_mut(out));
-    }
+    (rest, rest_out)
 }
 
 // Hot loops count with indices: an iterator's adapters are functions that may stay calls, into code
@@ -234,6 +261,8 @@ fn int8_rows<V: Isa<L>, const R: usize, const H: usize, const NV: usize, const L
 pub(crate) fn f32<
     V: Isa<L>,
     const R: usize,
+    const R2: usize,
+    const R3: usize,
     const H: usize,
     const NV: usize,
     const PANEL: usize,
@@ -244,13 +273,25 @@ pub(crate) fn f32<
     rows: &[&[f32]],
     out: &mut [[f32; NR]],
 ) {
+    let (rows, out) = f32_tiles::<V, R, H, NV, L>(isa, panel, rows, out);
+    let (rows, out) = f32_tiles::<V, R2, H, NV, L>(isa, panel, rows, out);
+    let (rows, out) = f32_tiles::<V, R3, H, NV, L>(isa, panel, rows, out);
+    f32_tiles::<V, 1, 1, PANEL, L>(isa, panel, rows, out);
+}
+
+/// As many tiles of `R` rows as there are; the rows that are left over.
+#[inline(always)]
+fn f32_tiles<'r, 'o, V: Isa<L>, const R: usize, const H: usize, const NV: usize, const L: usize>(
+    isa: V,
+    panel: &Panel<'_>,
+    rows: &'r [&'r [f32]],
+    out: &'o mut [[f32; NR]],
+) -> (&'r [&'r [f32]], &'o mut [[f32; NR]]) {
     let ((full, rest), (full_out, rest_out)) = (rows.as_chunks::<R>(), out.as_chunks_mut::<R>());
     for (rows, out) in full.iter().zip(full_out) {
         f32_rows::<V, R, H, NV, L>(isa, panel, rows, out);
     }
-    for (row, out) in rest.iter().zip(rest_out) {
-        f32_rows::<V, 1, 1, PANEL, L>(isa, panel, &[row], core::array::from_mut(out));
-    }
+    (rest, rest_out)
 }
 
 #[allow(clippy::needless_range_loop, reason = "as in int8_rows")]
@@ -320,6 +361,50 @@ fn f32_rows<V: Isa<L>, const R: usize, const H: usize, const NV: usize, const L:
         }
         store(isa, h, &total, out);
     }
+}
+
+/// The inner operation of a product, `rounds` times on twelve accumulators and nothing else. Gives
+/// the number of multiplications and additions.
+#[allow(clippy::needless_range_loop, reason = "as in int8_rows")]
+#[inline(always)]
+pub(crate) fn peak<V: Isa<L>, const L: usize>(isa: V, peak: Peak, rounds: u64) -> f64 {
+    const ACCUMULATORS: usize = 12;
+    let mut out = [0.0; L];
+    let scale = isa.splat_f32(1.0);
+    let per_operation = match peak {
+        Peak::Int8 => {
+            let (codes, a) = ([[7; 4]; L], [3; 4]);
+            let mut dots = [isa.zero_i32(); ACCUMULATORS];
+            for _ in 0..rounds {
+                // Loaded anew, so that nothing of the product is known before the loop.
+                let (codes, a) = (isa.load_codes(black_box(&codes)), isa.splat_a(*black_box(&a)));
+                for i in 0..ACCUMULATORS {
+                    dots[i] = isa.dot_bytes(dots[i], codes, a);
+                }
+            }
+            for dot in dots {
+                let sum = isa.flush(isa.splat_f32(0.0), dot, isa.zero_i32(), 0, scale);
+                isa.store_f32(sum, &mut out);
+                black_box(&out);
+            }
+            8
+        }
+        Peak::F32 => {
+            let x = isa.load_f32(&black_box([0.75; L]));
+            let mut sums = [isa.zero_f32(); ACCUMULATORS];
+            for _ in 0..rounds {
+                for i in 0..ACCUMULATORS {
+                    sums[i] = isa.mul_add(sums[i], x, scale);
+                }
+            }
+            for sum in sums {
+                isa.store_f32(sum, &mut out);
+                black_box(&out);
+            }
+            2
+        }
+    };
+    rounds as f64 * (ACCUMULATORS * L * per_operation) as f64
 }
 
 /// Stores the `h`th part of a panel.

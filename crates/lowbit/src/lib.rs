@@ -45,7 +45,7 @@ pub use lowbit_core::{
     Range, Result, Rounding, ScaleFormat, SymmetricScale, ZeroFormat, check_shapes, group_sums,
     metrics, presets, quantize_row_int8, quantize_row_uint8, range,
 };
-pub use lowbit_kernels::{PackedLinear, kernels};
+pub use lowbit_kernels::{PackedLinear, kernels, roofline};
 
 pub use lowbit_core::{fake_quant, integer};
 pub use lowbit_dtypes as dtypes;

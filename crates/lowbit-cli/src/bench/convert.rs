@@ -9,7 +9,7 @@ use lowbit::dtypes::{
 };
 use serde::Serialize;
 
-use super::{median_seconds, numbers};
+use super::{Times, numbers};
 use crate::progress;
 
 #[derive(clap::Args)]
@@ -60,8 +60,9 @@ pub(super) fn run(options: &Options) -> Result<()> {
     for bytes in sizes {
         conversions(bytes, &mut |from, to, wide, work| {
             if wanted(to) {
-                let (seconds, repetitions) = median_seconds(work)?;
-                let gbps = wide as f64 / seconds / 1e9;
+                let times = Times::of(work)?;
+                let gbps = wide as f64 / times.median() / 1e9;
+                let repetitions = times.0.len();
                 rows.push(Row { from, to, bytes: wide, gbps, repetitions });
                 bar.inc(1);
             }

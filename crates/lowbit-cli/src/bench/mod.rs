@@ -1,7 +1,9 @@
 //! `lowbit bench`: what this machine does.
 
 mod convert;
+mod gemm;
 mod quantize;
+mod roofline;
 
 use std::time::Instant;
 
@@ -18,6 +20,10 @@ pub(crate) struct Options {
 enum What {
     /// Conversions of whole slices between number formats, on one thread
     Convert(convert::Options),
+    /// A product of a quantized layer with a batch of activations
+    Gemm(gemm::Options),
+    /// This machine's peaks and its caches' and memory's speed, on one thread
+    Roofline(roofline::Options),
     /// Rounding weights and activations to nearest, on one thread
     Quantize(quantize::Options),
 }
@@ -25,22 +31,41 @@ enum What {
 pub(crate) fn run(options: &Options) -> Result<()> {
     match &options.what {
         What::Convert(options) => convert::run(options),
+        What::Gemm(options) => gemm::run(options),
+        What::Roofline(options) => roofline::run(options),
         What::Quantize(options) => quantize::run(options),
     }
 }
 
-/// The median of repetitions over about a fifth of a second, at least five, after one to warm up.
-fn median_seconds(work: &mut dyn FnMut() -> Result<()>) -> Result<(f64, usize)> {
-    work()?;
-    let began = Instant::now();
-    let mut seconds = Vec::new();
-    while seconds.len() < 5 || began.elapsed().as_secs_f64() < 0.2 {
-        let start = Instant::now();
+/// Times of repetitions of the same work, ascending.
+struct Times(Vec<f64>);
+
+impl Times {
+    /// Repetitions over about a fifth of a second, at least five, after one to warm up.
+    fn of(work: &mut dyn FnMut() -> Result<()>) -> Result<Self> {
         work()?;
-        seconds.push(start.elapsed().as_secs_f64().max(1e-9));
+        let began = Instant::now();
+        let mut seconds = Vec::new();
+        while seconds.len() < 5 || began.elapsed().as_secs_f64() < 0.2 {
+            let start = Instant::now();
+            work()?;
+            seconds.push(start.elapsed().as_secs_f64().max(1e-9));
+        }
+        seconds.sort_by(f64::total_cmp);
+        Ok(Self(seconds))
     }
-    seconds.sort_by(f64::total_cmp);
-    Ok((seconds[seconds.len() / 2], seconds.len()))
+
+    fn min(&self) -> f64 {
+        self.0[0]
+    }
+
+    fn median(&self) -> f64 {
+        self.0[self.0.len() / 2]
+    }
+
+    fn max(&self) -> f64 {
+        self.0[self.0.len() - 1]
+    }
 }
 
 /// Numbers such as weights have: of many magnitudes, both signs, and the same every time.

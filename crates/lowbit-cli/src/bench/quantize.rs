@@ -8,7 +8,7 @@ use lowbit::{
 };
 use serde::Serialize;
 
-use super::{median_seconds, numbers};
+use super::{Times, numbers};
 use crate::progress;
 
 #[derive(clap::Args)]
@@ -85,9 +85,10 @@ pub(super) fn run(options: &Options) -> Result<()> {
     let bar = progress(count, "quantizing");
     let mut rows = Vec::new();
     let mut measure = |scheme, n: usize, work: &mut dyn FnMut() -> Result<()>| {
-        let (seconds, repetitions) = median_seconds(work)?;
+        let times = Times::of(work)?;
         let bytes = 4 * n * K;
-        let gbps = bytes as f64 / seconds / 1e9;
+        let gbps = bytes as f64 / times.median() / 1e9;
+        let repetitions = times.0.len();
         rows.push(Row { scheme, rows: n, cols: K, bytes, gbps, repetitions });
         bar.inc(1);
         Ok::<_, anyhow::Error>(())

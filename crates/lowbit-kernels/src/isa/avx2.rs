@@ -3,13 +3,17 @@
 use core::arch::x86_64::*;
 
 use super::Kernel;
-use crate::tile::{self, Int8Row, Isa, NR, Panel};
+use crate::{
+    roofline::Peak,
+    tile::{self, Int8Row, Isa, NR, Panel},
+};
 
 pub(super) const AVX_VNNI: Kernel = Kernel {
     name: "avx_vnni",
     is_available: || (AVX2.is_available)() && is_x86_feature_detected!("avxvnni"),
     int8: int8_vnni,
     f32,
+    peak: peak_vnni,
 };
 
 pub(super) const AVX2: Kernel = Kernel {
@@ -17,21 +21,32 @@ pub(super) const AVX2: Kernel = Kernel {
     is_available: || is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma"),
     int8,
     f32,
+    peak,
 };
 
 #[target_feature(enable = "avx2,fma,avxvnni")]
 fn int8_vnni(panel: &Panel<'_>, rows: &[Int8Row<'_>], out: &mut [[f32; NR]]) {
-    tile::int8::<_, 6, 2, 2, 4, 8>(Avx::<true>::with_vnni(), panel, rows, out);
+    tile::int8::<_, 6, 4, 2, 2, 2, 4, 8>(Avx::<true>::with_vnni(), panel, rows, out);
 }
 
 #[target_feature(enable = "avx2,fma")]
 fn int8(panel: &Panel<'_>, rows: &[Int8Row<'_>], out: &mut [[f32; NR]]) {
-    tile::int8::<_, 4, 2, 2, 4, 8>(Avx::<false>::new(), panel, rows, out);
+    tile::int8::<_, 4, 3, 2, 2, 2, 4, 8>(Avx::<false>::new(), panel, rows, out);
 }
 
 #[target_feature(enable = "avx2,fma")]
 fn f32(panel: &Panel<'_>, rows: &[&[f32]], out: &mut [[f32; NR]]) {
-    tile::f32::<_, 4, 2, 2, 4, 8>(Avx::<false>::new(), panel, rows, out);
+    tile::f32::<_, 4, 3, 2, 2, 2, 4, 8>(Avx::<false>::new(), panel, rows, out);
+}
+
+#[target_feature(enable = "avx2,fma,avxvnni")]
+fn peak_vnni(peak: Peak, rounds: u64) -> f64 {
+    tile::peak(Avx::<true>::with_vnni(), peak, rounds)
+}
+
+#[target_feature(enable = "avx2,fma")]
+fn peak(peak: Peak, rounds: u64) -> f64 {
+    tile::peak(Avx::<false>::new(), peak, rounds)
 }
 
 #[derive(Clone, Copy)]

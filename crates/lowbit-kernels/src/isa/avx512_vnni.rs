@@ -3,7 +3,10 @@
 use core::arch::x86_64::*;
 
 use super::Kernel;
-use crate::tile::{self, Int8Row, Isa, NR, Panel};
+use crate::{
+    roofline::Peak,
+    tile::{self, Int8Row, Isa, NR, Panel},
+};
 
 pub(super) const KERNEL: Kernel = Kernel {
     name: "avx512_vnni",
@@ -14,16 +17,22 @@ pub(super) const KERNEL: Kernel = Kernel {
     },
     int8,
     f32,
+    peak,
 };
 
 #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
 fn int8(panel: &Panel<'_>, rows: &[Int8Row<'_>], out: &mut [[f32; NR]]) {
-    tile::int8::<_, 8, 1, 2, 2, 16>(Avx512Vnni::new(), panel, rows, out);
+    tile::int8::<_, 12, 8, 4, 1, 2, 2, 16>(Avx512Vnni::new(), panel, rows, out);
 }
 
 #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
 fn f32(panel: &Panel<'_>, rows: &[&[f32]], out: &mut [[f32; NR]]) {
-    tile::f32::<_, 8, 1, 2, 2, 16>(Avx512Vnni::new(), panel, rows, out);
+    tile::f32::<_, 12, 8, 4, 1, 2, 2, 16>(Avx512Vnni::new(), panel, rows, out);
+}
+
+#[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
+fn peak(peak: Peak, rounds: u64) -> f64 {
+    tile::peak(Avx512Vnni::new(), peak, rounds)
 }
 
 #[derive(Clone, Copy)]

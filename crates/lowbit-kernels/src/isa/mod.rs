@@ -2,7 +2,10 @@
 
 use lowbit_core::{Error, Result};
 
-use crate::tile::{Int8Row, NR, Panel};
+use crate::{
+    roofline::Peak,
+    tile::{Int8Row, NR, Panel},
+};
 
 #[cfg(target_arch = "x86_64")]
 mod avx2;
@@ -19,6 +22,8 @@ pub(crate) struct Kernel {
     is_available: fn() -> bool,
     int8: Int8Tile,
     f32: F32Tile,
+    /// [`tile::peak`](crate::tile::peak)
+    peak: unsafe fn(Peak, u64) -> f64,
 }
 
 type Int8Tile = unsafe fn(&Panel<'_>, &[Int8Row<'_>], &mut [[f32; NR]]);
@@ -44,6 +49,13 @@ impl Kernel {
     pub(crate) fn f32(&self, panel: &Panel<'_>, rows: &[&[f32]], out: &mut [[f32; NR]]) {
         // SAFETY: as above.
         unsafe { (self.f32)(panel, rows, out) }
+    }
+}
+
+impl Kernel {
+    pub(crate) fn peak(&self, peak: Peak, rounds: u64) -> f64 {
+        // SAFETY: as above.
+        unsafe { (self.peak)(peak, rounds) }
     }
 }
 

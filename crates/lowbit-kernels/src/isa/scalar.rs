@@ -6,8 +6,9 @@ use crate::tile::{self, Isa};
 pub(super) const KERNEL: Kernel = Kernel {
     name: "scalar",
     is_available: || true,
-    int8: |panel, rows, out| tile::int8::<_, 1, 1, 4, 4, 8>(Scalar, panel, rows, out),
-    f32: |panel, rows, out| tile::f32::<_, 1, 1, 4, 4, 8>(Scalar, panel, rows, out),
+    int8: |panel, rows, out| tile::int8::<_, 1, 1, 1, 1, 4, 4, 8>(Scalar, panel, rows, out),
+    peak: |peak, rounds| tile::peak(Scalar, peak, rounds),
+    f32: |panel, rows, out| tile::f32::<_, 1, 1, 1, 1, 4, 4, 8>(Scalar, panel, rows, out),
 };
 
 #[derive(Clone, Copy)]
