@@ -283,14 +283,14 @@ impl Calibration {
     /// use lowbit_algorithms::Calibration;
     ///
     /// let error = Calibration::new(64).check_seen(64).unwrap_err();
-    /// assert_eq!(error.to_string(), "calibration tokens: expected 1 elements, got 0");
+    /// assert_eq!(error.to_string(), "calibration: expected at least one element, got none");
     /// ```
     pub fn check_seen(&self, in_features: usize) -> Result<()> {
         self.check(in_features)?;
         if self.tokens > 0 {
             return Ok(());
         }
-        Err(Error::Length { what: "calibration tokens", expected: 1, got: 0 })
+        Err(Error::Empty { what: "calibration" })
     }
 
     /// Is this calibration of a layer with `in_features` inputs?

@@ -31,6 +31,7 @@
 //! # Ok::<(), Box<dyn std::error::Error>>(())
 //! ```
 
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::{
     borrow::Cow,
     collections::{BTreeMap, HashMap},
@@ -160,7 +161,10 @@ pub fn to_bytes(calibrations: &Calibrations) -> Result<Vec<u8>> {
 /// See the [module](self).
 pub fn save(calibrations: &Calibrations, path: &Path) -> Result<()> {
     let mut beside = path.as_os_str().to_os_string();
-    beside.push(format!(".{}.part", std::process::id()));
+    // Two threads may save to one path: the last one to finish wins.
+    static SAVES: AtomicU64 = AtomicU64::new(0);
+    let save = SAVES.fetch_add(1, Ordering::Relaxed);
+    beside.push(format!(".{}-{save}.part", std::process::id()));
     let beside = Path::new(&beside);
     let (tensors, metadata) = tensors(calibrations);
     let io = |cause| Error::Io { path: path.to_path_buf(), cause };

@@ -5,7 +5,7 @@ use pulp::{Simd, WithSimd};
 
 use crate::{
     Error, Mat, MatRef, Params, Result,
-    range::Extent,
+    range::{Extent, check_range},
     rounding::{nearest_even, nearest_even_i32},
     simd,
 };
@@ -92,11 +92,7 @@ impl ActivationType {
     /// # Errors
     /// [`Error::Parameter`] if an end is no finite number or `lo > hi`.
     pub fn params(self, (lo, hi): (f32, f32)) -> Result<(f32, u8)> {
-        if !(lo.is_finite() && hi.is_finite() && lo <= hi) {
-            let value = f64::from(if lo.is_finite() { hi } else { lo });
-            let expected = "two finite numbers, the smaller one first";
-            return Err(Error::Parameter { what: "end of a range", value, expected });
-        }
+        check_range((lo, hi))?;
         let (lo, hi) = (lo.min(0.0), hi.max(0.0));
         let span = match self {
             Self::UInt8 => hi - lo,
@@ -123,6 +119,12 @@ impl ActivationScheme {
 
     /// Rejects what has no meaning.
     pub(crate) fn check(self) -> Result<()> {
+        if let ActivationType::Float(format) = self.dtype
+            && !format.is_signed()
+        {
+            let what = format!("{format:?}, which has no negative numbers");
+            return Err(Error::Unsupported { by: "an activation scheme", what });
+        }
         match self.scales {
             ActivationScales::PerTokenGroup(0) => Err(Error::EmptyBlock { rows: 1, cols: 0 }),
             ActivationScales::Static { scale, .. } if !(scale > 0.0 && scale.is_finite()) => {
@@ -181,6 +183,9 @@ impl QActivations {
         let group_size = scheme.group_size(k);
         let mut codes = Mat::zeros(m, k);
         let mut params = Mat::zeros(m, k.div_ceil(group_size));
+        if k == 0 {
+            return Ok(Self { scheme, codes, params });
+        }
         let mut all = Extent::NONE;
         for (row, x) in x.iter_rows().enumerate() {
             let extent = Extent::best(x);
@@ -242,12 +247,23 @@ impl QActivations {
     /// multiplied by: `Σ (q − z)·a = Σ q·a − z·Σ a`.
     ///
     /// # Errors
-    /// [`Error::EmptyBlock`] if `group_size` is 0.
+    /// [`Error::EmptyBlock`] if `group_size` is 0, [`Error::OutOfRange`] if so many codes of this type
+    /// may not fit an i32.
     pub fn sums(&self, group_size: usize) -> Result<Mat<i32>> {
         if group_size == 0 {
             return Err(Error::EmptyBlock { rows: 1, cols: 0 });
         }
         let (m, k) = self.shape();
+        // The bits of a float are at most 255.
+        let largest: i64 = match self.scheme.dtype {
+            ActivationType::Int16 => 32767,
+            _ => 255,
+        };
+        let (max, got) = (i64::from(i32::MAX) / largest, group_size.min(k));
+        if got as i64 > max {
+            let what = "codes of an i32 sum";
+            return Err(Error::OutOfRange { what, min: 1, max, got: got as i64 });
+        }
         let mut sums = Mat::zeros(m, k.div_ceil(group_size));
         let mut rows = sums.as_mut();
         for (codes, sums) in self.codes.as_ref().iter_rows().zip(rows.iter_rows_mut()) {
@@ -393,7 +409,8 @@ pub fn quantize_row_uint8(x: &[f32], codes: &mut [u8]) -> Result<(f32, u8)> {
 
 /// `Σ codes` of each `group_size` codes of a row, as far as there is room in `sums`.
 ///
-/// Exact for rows of fewer than 2^16 codes of 16 bits, or 2^23 of 8 bits.
+/// A `group_size` of 0 counts as 1. Exact for groups of fewer than 2^16 codes of 16 bits, or 2^23
+/// of 8 bits; beyond that, sums wrap around.
 ///
 /// # Example
 /// ```

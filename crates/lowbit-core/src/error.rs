@@ -135,6 +135,20 @@ pub enum Error {
         /// The scale of the accumulators, that of the input times that of the weight.
         scale: f64,
     },
+    /// A real zero or an offset beyond the largest number of its format.
+    #[error(
+        "zero {zero:e} of the block at row {row}, column {col} overflows {format:?}; choose a wider format for zeros"
+    )]
+    ZeroOverflow {
+        /// The zero-point or the offset.
+        zero: f32,
+        /// The format it should be stored in.
+        format: ScaleFormat,
+        /// First row of the block.
+        row: usize,
+        /// First column of the block.
+        col: usize,
+    },
     /// A conversion of numbers or packed codes refused its operands.
     #[error(transparent)]
     Dtype(#[from] lowbit_dtypes::Error),

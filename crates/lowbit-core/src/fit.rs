@@ -95,6 +95,10 @@ pub enum Division {
     ExactReciprocal,
 }
 
+/// The largest real zero in f16, which is less than half of what f16 holds, so that roundings do
+/// not matter.
+pub(crate) const F16_ZERO: f32 = 32768.0;
+
 /// What all blocks of a matrix share: how a range becomes a grid, and a weight a code.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Plan {
@@ -165,6 +169,11 @@ impl Plan {
             (hi - lo) / self.max_code
         } else {
             hi / self.max_code - lo / self.max_code
+        };
+        // A narrow range far from 0 has a large zero: steps are made so large that f16 can hold it.
+        let exact = match self.scheme.zero {
+            ZeroFormat::Real(ScaleFormat::F16) => exact.max(lo.abs() / F16_ZERO),
+            _ => exact,
         };
         // A quotient too small for f32, or a range that was cut down to one number.
         if exact == 0.0 { f32::from_bits(1).copysign(exact) } else { exact }

@@ -84,7 +84,8 @@ fn reach<T: Code>(zero: T) -> i64 {
 
 /// How [`Multiplier::apply`] rounds `multiplier · acc`.
 ///
-/// The two differ by at most 1, in few results. A model gives the same bits elsewhere only if both
+/// The two differ by at most 1, in few results, while `acc·2^shift` fits an i32; beyond, `TwoStep`
+/// saturates first. A model gives the same bits elsewhere only if both
 /// sides use the same rule, so a file should say which.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum RequantRounding {

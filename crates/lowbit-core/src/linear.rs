@@ -34,7 +34,8 @@ pub trait Linear: Send + Sync {
     ///
     /// # Errors
     /// [`Error::Shape`] if a shape is another one; nothing has been written to `y` then.
-    /// [`Error::NotFinite`] if the layer quantizes its input and that has a NaN or infinity.
+    /// [`Error::NotFinite`] if the layer quantizes its input and that has a NaN or infinity; those of
+    /// [`QActivations::quantize`] if it does so in an impossible way.
     fn forward(&self, x: MatRef<'_, f32>, y: MatMut<'_, f32>, ctx: &mut Context) -> Result<()>;
 }
 
@@ -72,7 +73,8 @@ impl<S: AsRef<[u8]>> QLinear<S> {
         Self { weight, activation: None, bias: None }
     }
 
-    /// Replaces the way in which inputs are quantized.
+    /// Replaces the way in which inputs are quantized. Whether it has a meaning is said by
+    /// [`forward`](Linear::forward), as by [`QActivations::quantize`].
     pub fn with_activation(self, activation: Option<ActivationScheme>) -> Self {
         Self { activation, ..self }
     }

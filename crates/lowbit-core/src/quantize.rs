@@ -38,7 +38,8 @@ impl QMatrix {
     ///
     /// # Errors
     /// [`Error::Bits`] and [`Error::EmptyBlock`] for an impossible scheme, [`Error::NotFinite`] at
-    /// the first NaN or infinity, [`Error::ScaleOverflow`] if a scale does not fit its format.
+    /// the first NaN or infinity, [`Error::ScaleOverflow`] if a scale does not fit its format,
+    /// [`Error::ZeroOverflow`] if an offset or a real zero does not.
     pub fn quantize(w: MatRef<'_, f32>, scheme: QuantScheme) -> Result<Self> {
         Self::quantize_with(w, scheme, &Fit::default(), None)
     }
@@ -102,13 +103,16 @@ impl QMatrix {
 
             let scale_bytes = &mut scales[at * scheme.scale_format.bytes()..];
             if let Some(b) = simd::dispatch(MakeGrids { blocks: &mut blocks, scale_bytes }) {
+                let (row, col) = (first, b * block_cols);
+                let Params { zero, offset, .. } = blocks.grids[b].params;
+                if let Some(format) = scheme.zero.real()
+                    && !(zero.is_finite() && offset.is_finite())
+                {
+                    let zero = if offset.is_finite() { zero } else { blocks.ranges[b].lo };
+                    return Err(Error::ZeroOverflow { zero, format, row, col });
+                }
                 let (scale, format) = (blocks.exact[b], scheme.scale_format);
-                return Err(Error::ScaleOverflow {
-                    scale,
-                    format,
-                    row: first,
-                    col: b * block_cols,
-                });
+                return Err(Error::ScaleOverflow { scale, format, row, col });
             }
             match scheme.zero {
                 ZeroFormat::Midpoint => {}
@@ -343,10 +347,11 @@ impl WithSimd for RowError<'_> {
         let mut sums = [0.0_f64; LANES];
         for (c, (x, codes)) in x.chunks(LANES).zip(codes.chunks(LANES)).enumerate() {
             for (i, ((&x, &code), sum)) in x.iter().zip(codes).zip(&mut sums).enumerate() {
-                let e = (x - grid.params.level(code)).abs();
-                let e = if norm == 2.0 { e * e } else { libm::powf(e, norm) };
+                // In f64 the square of any f32 is a number.
+                let e = f64::from(x) - f64::from(grid.params.level(code));
+                let e = if norm == 2.0 { e * e } else { libm::pow(e.abs(), f64::from(norm)) };
                 let weight = importance.map_or(1.0, |x| x[c * LANES + i]);
-                *sum += f64::from(weight) * f64::from(e);
+                *sum += f64::from(weight) * e;
             }
         }
         sums.iter().sum()

@@ -12,7 +12,7 @@
 //! assert_eq!(range::min_max(&x)?, (-1.0, 8.0));
 //! assert_eq!(range::percentile_abs(&x, 50.0)?, 0.75);
 //!
-//! // The same batches in any order, on any number of machines, give the same histogram.
+//! // The same batches in any order and grouping give the same histogram.
 //! let mut a = Histogram::new();
 //! a.observe(&x)?;
 //! let mut b = Histogram::new();
@@ -74,7 +74,8 @@ pub fn percentile_abs(x: &[f32], percent: f64) -> Result<f32> {
 /// way to the batch's own; the first one sets them. It depends on the order of the batches.
 ///
 /// # Errors
-/// [`Error::Parameter`] if `momentum` is outside (0, 1].
+/// [`Error::Parameter`] if `momentum` is outside (0, 1], or an end of a range is not a finite
+/// number or above the other end.
 ///
 /// # Example
 /// ```
@@ -98,9 +99,17 @@ pub fn moving_average(
             expected: "more than 0, at most 1",
         });
     }
+    for (lo, hi) in average.into_iter().chain([batch]) {
+        check_range((lo, hi))?;
+    }
+    // Weighed, not added to: a sum of two parts that cannot cancel.
+    let mix = |old: f32, new: f32| {
+        let momentum = f64::from(momentum);
+        ((1.0 - momentum) * f64::from(old) + momentum * f64::from(new)) as f32
+    };
     Ok(match average {
         None => batch,
-        Some((lo, hi)) => (lo + momentum * (batch.0 - lo), hi + momentum * (batch.1 - hi)),
+        Some((lo, hi)) => (mix(lo, batch.0), mix(hi, batch.1)),
     })
 }
 
@@ -182,7 +191,7 @@ fn divergence(h: &[f64], beyond: f64, levels: usize) -> f64 {
 /// neighbours. So what has been counted does not depend on the order in which it came, and
 /// [`merge`](Self::merge) is exact: associative, commutative, and the same as one long stream.
 /// The largest magnitude lies in the upper half of the bins, whose width is therefore between
-/// 1/2048 and 1/4096 of it. Memory: 64 KiB.
+/// 1/2048 and 1/4096 of it. Memory: 64 KiB. (Counts end at 2^64 − 1.)
 ///
 /// # Example
 /// See [the module](self).
@@ -231,12 +240,13 @@ impl Histogram {
             self.widen(exponent_for(amax));
         }
         self.range = (self.range.0.min(lo), self.range.1.max(hi));
-        self.count += x.len() as u64;
+        self.count = self.count.saturating_add(x.len() as u64);
         let width = self.width();
         for &x in x {
             // Exact: the width is a power of two. At most BINS − 1, by the choice of the width.
             let bin = (f64::from(x.abs()) / width) as usize;
-            self.sides[usize::from(x >= 0.0)][bin.min(BINS - 1)] += 1;
+            let count = &mut self.sides[usize::from(x >= 0.0)][bin.min(BINS - 1)];
+            *count = count.saturating_add(1);
         }
         Ok(())
     }
@@ -251,10 +261,10 @@ impl Histogram {
             other.widen(exponent);
         }
         for (to, from) in self.sides.iter_mut().flatten().zip(other.sides.iter().flatten()) {
-            *to += from;
+            *to = to.saturating_add(*from);
         }
         self.range = (self.range.0.min(other.range.0), self.range.1.max(other.range.1));
-        self.count += other.count;
+        self.count = self.count.saturating_add(other.count);
     }
 
     /// Numbers counted.
@@ -270,7 +280,7 @@ impl Histogram {
     /// Counts of `|x|` in bins of [`width`](Self::width), up to the last one that has any.
     pub fn abs_bins(&self) -> Vec<u64> {
         let mut bins: Vec<u64> =
-            self.sides[0].iter().zip(&self.sides[1]).map(|(a, b)| a + b).collect();
+            self.sides[0].iter().zip(&self.sides[1]).map(|(a, b)| a.saturating_add(*b)).collect();
         bins.truncate(bins.iter().rposition(|&count| count != 0).map_or(0, |last| last + 1));
         bins
     }
@@ -289,14 +299,45 @@ impl Histogram {
         let share = check_percent(percent)? / 100.0;
         let bins = self.filled()?;
         let target = share * self.count as f64;
-        let mut sum = 0;
-        for (bin, count) in bins.iter().enumerate() {
-            sum += count;
+        let mut sum = 0_u64;
+        for (bin, &count) in bins.iter().enumerate() {
+            sum = sum.saturating_add(count);
             if sum as f64 >= target {
                 return Ok(self.edge(bin + 1));
             }
         }
         Ok(self.edge(bins.len()))
+    }
+
+    /// The range that keeps `percent` of the numbers, half of what is cut off cut from each tail, out
+    /// to the edges of its bins: [`percentile`] to a bin.
+    ///
+    /// # Errors
+    /// As [`percentile_abs`](Self::percentile_abs).
+    pub fn percentile(&self, percent: f64) -> Result<(f32, f32)> {
+        let tail = (100.0 - check_percent(percent)?) / 200.0 * self.count as f64;
+        self.filled()?;
+        let [negative, positive] = &self.sides;
+        // From the far end of a side inwards, then through the other one outwards.
+        let end = |far: &[u64], near: &[u64]| {
+            let mut cut = 0_u64;
+            for (bin, &count) in far.iter().enumerate().rev() {
+                cut = cut.saturating_add(count);
+                if cut as f64 > tail {
+                    return (bin as f64 + 1.0) * self.width();
+                }
+            }
+            for (bin, &count) in near.iter().enumerate() {
+                cut = cut.saturating_add(count);
+                if cut as f64 > tail {
+                    return -(bin as f64) * self.width();
+                }
+            }
+            0.0
+        };
+        let (lo, hi) = self.min_max();
+        let (low, high) = (-end(negative, positive) as f32, end(positive, negative) as f32);
+        Ok((low.max(lo), high.min(hi)))
     }
 
     /// The `amax` that [`entropy_bins`] chooses for a grid of `levels` magnitudes (128 for int8).
@@ -356,7 +397,7 @@ impl Histogram {
         for _ in 0..folds.min(BINS.ilog2() as i32) {
             for side in &mut self.sides {
                 for bin in 0..BINS / 2 {
-                    side[bin] = side[2 * bin] + side[2 * bin + 1];
+                    side[bin] = side[2 * bin].saturating_add(side[2 * bin + 1]);
                 }
                 side[BINS / 2..].fill(0);
             }
@@ -369,6 +410,16 @@ impl Histogram {
 fn exponent_for(amax: f32) -> i32 {
     // amax = m · 2^e with m in [1/2, 1): it is less than 2^e.
     libm::frexpf(amax).1 - BINS.ilog2() as i32
+}
+
+/// Rejects ends that are no finite numbers in order.
+pub(crate) fn check_range((lo, hi): (f32, f32)) -> Result<()> {
+    if lo.is_finite() && hi.is_finite() && lo <= hi {
+        return Ok(());
+    }
+    let value = f64::from(if lo.is_finite() { hi } else { lo });
+    let expected = "two finite numbers, the smaller one first";
+    Err(Error::Parameter { what: "end of a range", value, expected })
 }
 
 pub(crate) fn check_percent(percent: f64) -> Result<f64> {

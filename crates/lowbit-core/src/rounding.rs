@@ -27,7 +27,8 @@ pub enum Rounding {
     NearestUp,
     /// Down.
     Floor,
-    /// Toward zero.
+    /// Toward zero: the weight's own where the zero of its block is an integer; otherwise toward code 0,
+    /// since the zero is part of what is rounded.
     TowardZero,
     /// Up with a probability of the fraction, so that the mean is right to 2^-24.
     ///

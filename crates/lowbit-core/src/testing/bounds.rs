@@ -30,7 +30,7 @@ use alloc::{vec, vec::Vec};
 
 use crate::{
     ActivationScheme, Division, Error, Fit, Mat, MatRef, QActivations, QLinear, QuantScheme, Range,
-    Result, Rounding, ScaleFormat, SymmetricScale, ZeroFormat, range,
+    Result, Rounding, ScaleFormat, SymmetricScale, ZeroFormat, fit::F16_ZERO, range,
 };
 
 /// Half the distance from 1 to the next f32.
@@ -418,10 +418,13 @@ impl Grid {
                 (s, (lo, half.max(all)), (hi, half + all), 0.0)
             }
             ZeroFormat::Real(format) => {
-                let s = (hi - lo) / max;
+                let mut s = (hi - lo) / max;
+                if format == ScaleFormat::F16 {
+                    s = s.max(lo.abs() / f64::from(F16_ZERO));
+                }
                 // zero = −lo / scale, so that scale·zero is lo but for the rounding of zero.
                 let zero = (s + scale_error(s)) * rounding(format, 0.0) + rounding(format, lo);
-                (s, (lo, zero), (hi, zero + max * scale_error(s)), 0.0)
+                (s, (lo, zero), (lo + max * s, zero + max * scale_error(s)), 0.0)
             }
             ZeroFormat::Offset(format) => {
                 let offset = rounding(format, lo);

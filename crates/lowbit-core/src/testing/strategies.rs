@@ -229,7 +229,7 @@ pub fn fits() -> impl Strategy<Value = Fit> {
     )
 }
 
-/// Dynamic activations of every type.
+/// Dynamic activations: int8, uint8, int16 and E4M3, per token, per group of a token, per tensor.
 pub fn activation_schemes() -> impl Strategy<Value = ActivationScheme> {
     let dtypes = vec![
         ActivationType::Int8,
