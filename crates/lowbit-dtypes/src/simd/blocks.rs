@@ -13,7 +13,9 @@ const FRACTION: u32 = 0x7f_ffff;
 /// The elements of an MX format.
 pub(crate) trait Element: Copy {
     fn encode(self, x: f32, round: &impl Round) -> u8;
-    fn decode(self, code: u8) -> f32;
+    /// With `FINITE` the code must be finite, or the result is anything.
+    fn decode<const FINITE: bool>(self, code: u8) -> f32;
+    fn are_finite(self, codes: &[u8]) -> bool;
 }
 
 /// Small floats, saturating.
@@ -36,8 +38,13 @@ impl Element for Float {
     }
 
     #[inline(always)]
-    fn decode(self, code: u8) -> f32 {
-        self.d.lane(code)
+    fn decode<const FINITE: bool>(self, code: u8) -> f32 {
+        self.d.lane::<FINITE>(code)
+    }
+
+    #[inline(always)]
+    fn are_finite(self, codes: &[u8]) -> bool {
+        self.d.are_finite(codes)
     }
 }
 
@@ -52,8 +59,13 @@ impl Element for Int8 {
     }
 
     #[inline(always)]
-    fn decode(self, code: u8) -> f32 {
+    fn decode<const FINITE: bool>(self, code: u8) -> f32 {
         f32::from(code as i8) / 64.0
+    }
+
+    #[inline(always)]
+    fn are_finite(self, _: &[u8]) -> bool {
+        true
     }
 }
 
@@ -172,14 +184,15 @@ pub(crate) struct MxDequantize<'a, E> {
 impl<E: Element> Kernel for MxDequantize<'_, E> {
     #[inline(always)]
     fn run<S: Simd>(self, _: S) {
-        let (codes, codes_rest) = self.codes.as_chunks::<32>();
-        let (dst, dst_rest) = self.dst.as_chunks_mut::<32>();
-        let (scales, scales_rest) = self.scales.split_at(codes.len());
-        for ((codes, dst), &scale) in codes.iter().zip(dst).zip(scales) {
-            decode_block(self.element, mx_scale(scale), codes, dst);
-        }
-        if let [scale] = scales_rest {
-            decode_block(self.element, mx_scale(*scale), codes_rest, dst_rest);
+        let groups = self.codes.chunks(32 * GROUP).zip(self.dst.chunks_mut(32 * GROUP));
+        for ((codes, dst), scales) in groups.zip(self.scales.chunks(GROUP)) {
+            let mut scale_codes = [0; GROUP];
+            scale_codes[..scales.len()].copy_from_slice(scales);
+            let mut factors = [0.0; GROUP];
+            for (factor, code) in factors.iter_mut().zip(scale_codes) {
+                *factor = mx_scale(code);
+            }
+            decode_blocks::<_, 32>(self.element, &factors, codes, dst);
         }
     }
 }
@@ -189,10 +202,39 @@ fn mx_scale(code: u8) -> f32 {
     if code == 0xff { f32::NAN } else { pow2(i32::from(code) - 127) }
 }
 
+/// At most [`GROUP`] blocks, the last of which may be short.
 #[inline(always)]
-fn decode_block<E: Element>(element: E, scale: f32, codes: &[u8], dst: &mut [f32]) {
-    for (x, &code) in dst.iter_mut().zip(codes) {
-        *x = element.decode(code) * scale;
+fn decode_blocks<E: Element, const BLOCK: usize>(
+    element: E,
+    factors: &[f32; GROUP],
+    codes: &[u8],
+    dst: &mut [f32],
+) {
+    if element.are_finite(codes) {
+        decode_blocks_if::<E, BLOCK, true>(element, factors, codes, dst);
+    } else {
+        decode_blocks_if::<E, BLOCK, false>(element, factors, codes, dst);
+    }
+}
+
+#[inline(always)]
+fn decode_blocks_if<E: Element, const BLOCK: usize, const FINITE: bool>(
+    element: E,
+    factors: &[f32; GROUP],
+    codes: &[u8],
+    dst: &mut [f32],
+) {
+    let (codes, codes_rest) = codes.as_chunks::<BLOCK>();
+    let (dst, dst_rest) = dst.as_chunks_mut::<BLOCK>();
+    for ((codes, dst), factor) in codes.iter().zip(dst).zip(factors) {
+        for (x, &code) in dst.iter_mut().zip(codes) {
+            *x = element.decode::<FINITE>(code) * factor;
+        }
+    }
+    if !codes_rest.is_empty() {
+        for (x, &code) in dst_rest.iter_mut().zip(codes_rest) {
+            *x = element.decode::<FINITE>(code) * factors[codes.len()];
+        }
     }
 }
 
@@ -242,7 +284,7 @@ impl Nvfp4Quantize<'_> {
                 *code = nvfp4
                     .scale
                     .encode((*step / 6.0 / self.global).max(self.min_scale), &NearestEven);
-                *step = nvfp4.scale.decode(*code) * self.global;
+                *step = nvfp4.scale.decode::<false>(*code) * self.global;
             }
             scales.copy_from_slice(&scale_codes[..scales.len()]);
             let (codes, codes_rest) = codes.as_chunks_mut::<16>();
@@ -288,15 +330,15 @@ impl Kernel for Nvfp4Dequantize<'_> {
     #[inline(always)]
     fn run<S: Simd>(self, _: S) {
         let nvfp4 = Nvfp4Lanes::new();
-        let (codes, codes_rest) = self.codes.as_chunks::<16>();
-        let (dst, dst_rest) = self.dst.as_chunks_mut::<16>();
-        let (scales, scales_rest) = self.scales.split_at(codes.len());
-        for ((codes, dst), &scale) in codes.iter().zip(dst).zip(scales) {
-            decode_block(nvfp4.element, nvfp4.scale.decode(scale) * self.global, codes, dst);
-        }
-        if let [scale] = scales_rest {
-            let step = nvfp4.scale.decode(*scale) * self.global;
-            decode_block(nvfp4.element, step, codes_rest, dst_rest);
+        let groups = self.codes.chunks(16 * GROUP).zip(self.dst.chunks_mut(16 * GROUP));
+        for ((codes, dst), scales) in groups.zip(self.scales.chunks(GROUP)) {
+            let mut scale_codes = [0; GROUP];
+            scale_codes[..scales.len()].copy_from_slice(scales);
+            let mut steps = [0.0; GROUP];
+            for (step, code) in steps.iter_mut().zip(scale_codes) {
+                *step = nvfp4.scale.decode::<false>(code) * self.global;
+            }
+            decode_blocks::<_, 16>(nvfp4.element, &steps, codes, dst);
         }
     }
 }

@@ -76,6 +76,41 @@ fn nvfp4_blocks_are_the_golden_ones() {
 }
 
 #[test]
+fn every_code_under_every_scale_dequantizes_as_alone() {
+    fn same(x: &[f32], expected: impl Fn(usize) -> f32) {
+        for (i, x) in x.iter().enumerate() {
+            let expected = expected(i);
+            assert_eq!(x.is_nan(), expected.is_nan());
+            assert!(x.is_nan() || x.to_bits() == expected.to_bits(), "{i}: {x} {expected}");
+        }
+    }
+    // All codes, and those that are finite in every format.
+    let all: Vec<u8> = (0..256 * 32 + 7).map(|i| (i * 31 % 257) as u8).collect();
+    let finite: Vec<u8> = all.iter().map(|&code| (code % 0x7c) | (code & 0x80)).collect();
+    for codes in [all, finite] {
+        let scales: Vec<_> = (0..=256).map(|i| F8E8M0::from_bits(i as u8)).collect();
+        let steps: Vec<_> =
+            (0..codes.len().div_ceil(16)).map(|i| F8E4M3::from_bits(i as u8)).collect();
+        let mut x = vec![0.0; codes.len()];
+        for isa in Isa::available() {
+            for mx in ALL {
+                mx.dequantize_on(isa, &scales, &codes, &mut x).unwrap();
+                same(&x, |i| {
+                    let element = match mx.format() {
+                        Some(format) => format.decode(codes[i]),
+                        None => f32::from(codes[i] as i8) / 64.0,
+                    };
+                    element * scales[i / 32].to_f32()
+                });
+            }
+            let nvfp4 = Nvfp4::with_global(0.3).unwrap();
+            nvfp4.dequantize_on(isa, &steps, &codes, &mut x).unwrap();
+            same(&x, |i| Format::F4E2M1.decode(codes[i]) * (steps[i / 16].to_f32() * 0.3));
+        }
+    }
+}
+
+#[test]
 fn the_error_of_gaussian_blocks_is_the_one_known_for_each_rule() {
     // Mean squared errors of 4096 blocks of unit Gaussians, by another program with another generator.
     let mut state = 0u64;
