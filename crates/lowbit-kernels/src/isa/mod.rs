@@ -11,6 +11,8 @@ use crate::{
 mod avx2;
 #[cfg(target_arch = "x86_64")]
 mod avx512_vnni;
+#[cfg(all(target_arch = "aarch64", target_endian = "little"))]
+mod neon;
 mod scalar;
 
 /// The seam between the loops that are the same everywhere and the code for one CPU.
@@ -37,6 +39,12 @@ const KERNELS: &[Kernel] = &[
     avx2::AVX_VNNI,
     #[cfg(target_arch = "x86_64")]
     avx2::AVX2,
+    #[cfg(all(target_arch = "aarch64", target_endian = "little"))]
+    neon::I8MM,
+    #[cfg(all(target_arch = "aarch64", target_endian = "little"))]
+    neon::DOTPROD,
+    #[cfg(all(target_arch = "aarch64", target_endian = "little"))]
+    neon::NEON,
     scalar::KERNEL,
 ];
 
@@ -83,4 +91,65 @@ pub(crate) fn named(name: &str) -> Result<&'static Kernel> {
         let what = format!("kernel {name:?}; it has {}", names.join(", "));
         Error::Unsupported { by: "this CPU", what }
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::tile::Storage;
+
+    #[test]
+    fn a_kernel_is_found_by_its_name_exactly_where_it_runs() {
+        for kernel in KERNELS {
+            match named(kernel.name) {
+                Ok(found) => assert!((kernel.is_available)() && found.name == kernel.name),
+                Err(error) => {
+                    let error = error.to_string();
+                    assert!(!(kernel.is_available)() && error.contains(kernel.name), "{error}");
+                }
+            }
+        }
+    }
+
+    /// Equal products in all bytes of a step: the largest sums that each pair can come into.
+    #[test]
+    fn every_kernel_multiplies_every_code_by_every_activation() {
+        let activations: Vec<i8> = (-127..=127).collect();
+        for (storage, codes) in [(Storage::Bytes, 0..=255_u8), (Storage::Nibbles, 0..=15)] {
+            let codes: Vec<u8> = codes.collect();
+            for zero in [0, *codes.last().unwrap()] {
+                for codes in codes.chunks(NR) {
+                    let code = |n: usize| codes[n % codes.len()];
+                    let bytes: [[u8; 4]; NR] = core::array::from_fn(|n| match storage {
+                        Storage::Bytes => [code(n); 4],
+                        Storage::Nibbles => [code(n) * 17; 4],
+                    });
+                    let (scales, zeros) = ([[1.0; NR]], [[zero; NR]]);
+                    let codes = bytes.as_flattened();
+                    let panel = Panel { codes, scales: &scales, zeros: &zeros, storage, steps: 1 };
+                    for activations in activations.chunks(8) {
+                        let k = storage.k_per_step();
+                        let rows: Vec<_> = activations
+                            .iter()
+                            .map(|&a| (vec![a; k], [k as i32 * i32::from(a)]))
+                            .collect();
+                        let rows: Vec<_> =
+                            rows.iter().map(|(codes, sums)| Int8Row { codes, sums }).collect();
+                        for kernel in available() {
+                            let mut out = vec![[f32::NAN; NR]; rows.len()];
+                            kernel.int8(&panel, &rows, &mut out);
+                            for (a, out) in activations.iter().zip(out) {
+                                for (n, out) in out.into_iter().enumerate() {
+                                    let w = i32::from(code(n)) - i32::from(zero);
+                                    let expected = k as i32 * i32::from(*a) * w;
+                                    let name = kernel.name;
+                                    assert_eq!(out, expected as f32, "{name}, {} by {a}", code(n));
+                                }
+                            }
+                        }
+                    }
+                }
+            }
+        }
+    }
 }

@@ -1,0 +1,258 @@
+//! NEON, alone, with sdot and with usdot: 128-bit vectors, four output features each.
+
+use core::arch::{aarch64::*, asm};
+use std::arch::is_aarch64_feature_detected;
+
+use super::Kernel;
+use crate::tile::{self, Int8Row, Isa, NR, Panel};
+
+pub(super) const I8MM: Kernel = Kernel {
+    name: "neon_i8mm",
+    is_available: || (NEON.is_available)() && is_aarch64_feature_detected!("i8mm"),
+    int8: int8_i8mm,
+    f32,
+};
+
+pub(super) const DOTPROD: Kernel = Kernel {
+    name: "neon_dotprod",
+    is_available: || (NEON.is_available)() && is_aarch64_feature_detected!("dotprod"),
+    int8: int8_dotprod,
+    f32,
+};
+
+pub(super) const NEON: Kernel =
+    Kernel { name: "neon", is_available: || is_aarch64_feature_detected!("neon"), int8, f32 };
+
+// Of 32 registers a tile takes 16 for sums, 8 where each product needs some of its own. For int8, 4 by
+// 4 vectors leave room for 8 of codes; for f32, 8 by 2 share the work of a level among more rows.
+
+#[target_feature(enable = "neon,i8mm")]
+fn int8_i8mm(panel: &Panel<'_>, rows: &[Int8Row<'_>], out: &mut [[f32; NR]]) {
+    tile::int8::<_, 4, 2, 4, 8, 4>(Neon::<USDOT>::with_i8mm(), panel, rows, out);
+}
+
+#[target_feature(enable = "neon,dotprod")]
+fn int8_dotprod(panel: &Panel<'_>, rows: &[Int8Row<'_>], out: &mut [[f32; NR]]) {
+    tile::int8::<_, 4, 2, 4, 8, 4>(Neon::<SDOT>::with_dotprod(), panel, rows, out);
+}
+
+#[target_feature(enable = "neon")]
+fn int8(panel: &Panel<'_>, rows: &[Int8Row<'_>], out: &mut [[f32; NR]]) {
+    tile::int8::<_, 4, 4, 2, 8, 4>(Neon::<SMULL>::new(), panel, rows, out);
+}
+
+#[target_feature(enable = "neon")]
+fn f32(panel: &Panel<'_>, rows: &[&[f32]], out: &mut [[f32; NR]]) {
+    tile::f32::<_, 8, 4, 2, 8, 4>(Neon::<SMULL>::new(), panel, rows, out);
+}
+
+/// What multiplies bytes.
+const SMULL: u8 = 0;
+const SDOT: u8 = 1;
+const USDOT: u8 = 2;
+
+#[derive(Clone, Copy)]
+struct Neon<const DOT: u8>(());
+
+impl Neon<SMULL> {
+    /// Safe to call only where the features are on, so that a value proves they are.
+    #[target_feature(enable = "neon")]
+    fn new() -> Self {
+        Self(())
+    }
+}
+
+impl Neon<SDOT> {
+    /// As [`new`](Neon::new).
+    #[target_feature(enable = "neon,dotprod")]
+    fn with_dotprod() -> Self {
+        Self(())
+    }
+}
+
+impl Neon<USDOT> {
+    /// As [`new`](Neon::new).
+    #[target_feature(enable = "neon,i8mm")]
+    fn with_i8mm() -> Self {
+        Self(())
+    }
+}
+
+// The intrinsics for these two are not stable yet.
+
+/// `acc + Σ_{i<4} w_i·a_i` in every lane, both signed.
+#[inline]
+#[target_feature(enable = "neon,dotprod")]
+fn sdot(mut acc: int32x4_t, w: int32x4_t, a: int32x4_t) -> int32x4_t {
+    // SAFETY: the instruction is on here, and touches nothing but these registers.
+    unsafe {
+        asm!("sdot {acc:v}.4s, {w:v}.16b, {a:v}.16b",
+            acc = inout(vreg) acc, w = in(vreg) w, a = in(vreg) a,
+            options(pure, nomem, nostack, preserves_flags));
+    }
+    acc
+}
+
+/// `acc + Σ_{i<4} code_i·a_i` in every lane, codes unsigned and activations signed.
+#[inline]
+#[target_feature(enable = "neon,i8mm")]
+fn usdot(mut acc: int32x4_t, codes: int32x4_t, a: int32x4_t) -> int32x4_t {
+    // SAFETY: as in `sdot`.
+    unsafe {
+        asm!("usdot {acc:v}.4s, {codes:v}.16b, {a:v}.16b",
+            acc = inout(vreg) acc, codes = in(vreg) codes, a = in(vreg) a,
+            options(pure, nomem, nostack, preserves_flags));
+    }
+    acc
+}
+
+/// As [`sdot`], where no `a` is −128: of `|w| ≤ 128` and `|a| ≤ 127`, two products add up to at most
+/// 2·128·127 = 32512, which fits an i16.
+#[inline]
+#[target_feature(enable = "neon")]
+fn smull(acc: int32x4_t, w: int32x4_t, a: int32x4_t) -> int32x4_t {
+    let (w, a) = (vreinterpretq_s8_s32(w), vreinterpretq_s8_s32(a));
+    let (low, high) = (vmull_s8(vget_low_s8(w), vget_low_s8(a)), vmull_high_s8(w, a));
+    vpadalq_s16(acc, vpaddq_s16(low, high))
+}
+
+// SAFETY (of every block below): `self` proves neon, and dotprod or i8mm if DOT is SDOT or USDOT;
+// loads and stores go through references to arrays of exactly a vector's size.
+impl<const DOT: u8> Isa<4> for Neon<DOT> {
+    type I32 = int32x4_t;
+    type F32 = float32x4_t;
+
+    /// `usdot` multiplies unsigned by signed bytes; for the others, codes become signed.
+    const BYTES_OFFSET: i32 = if DOT == USDOT { 0 } else { 128 };
+
+    #[inline(always)]
+    fn zero_i32(self) -> int32x4_t {
+        // SAFETY: see above.
+        unsafe { vdupq_n_s32(0) }
+    }
+
+    #[inline(always)]
+    fn zero_f32(self) -> float32x4_t {
+        // SAFETY: see above.
+        unsafe { vdupq_n_f32(0.0) }
+    }
+
+    #[inline(always)]
+    fn load_codes(self, codes: &[[u8; 4]; 4]) -> int32x4_t {
+        // SAFETY: see above.
+        unsafe { vreinterpretq_s32_u8(vld1q_u8(codes.as_ptr().cast())) }
+    }
+
+    #[inline(always)]
+    fn load_zeros(self, zeros: &[u8; 4], offset: i32) -> int32x4_t {
+        // SAFETY: see above.
+        unsafe {
+            let zeros = vreinterpret_u8_u32(vdup_n_u32(u32::from_le_bytes(*zeros)));
+            let zeros = vmovl_u16(vget_low_u16(vmovl_u8(zeros)));
+            vsubq_s32(vreinterpretq_s32_u32(zeros), vdupq_n_s32(offset))
+        }
+    }
+
+    #[inline(always)]
+    fn load_f32(self, x: &[f32; 4]) -> float32x4_t {
+        // SAFETY: see above.
+        unsafe { vld1q_f32(x.as_ptr()) }
+    }
+
+    #[inline(always)]
+    fn store_f32(self, x: float32x4_t, to: &mut [f32; 4]) {
+        // SAFETY: see above.
+        unsafe { vst1q_f32(to.as_mut_ptr(), x) }
+    }
+
+    #[inline(always)]
+    fn splat_a(self, a: [i8; 4]) -> int32x4_t {
+        // SAFETY: see above.
+        unsafe { vdupq_n_s32(i32::from_le_bytes([a[0] as u8, a[1] as u8, a[2] as u8, a[3] as u8])) }
+    }
+
+    #[inline(always)]
+    fn splat_f32(self, x: f32) -> float32x4_t {
+        // SAFETY: see above.
+        unsafe { vdupq_n_f32(x) }
+    }
+
+    #[inline(always)]
+    fn nibbles(self, codes: int32x4_t) -> (int32x4_t, int32x4_t) {
+        // SAFETY: see above.
+        unsafe {
+            let codes = vreinterpretq_u8_s32(codes);
+            let (low, high) = (vandq_u8(codes, vdupq_n_u8(15)), vshrq_n_u8::<4>(codes));
+            (vreinterpretq_s32_u8(low), vreinterpretq_s32_u8(high))
+        }
+    }
+
+    #[inline(always)]
+    fn dot_nibbles(self, acc: int32x4_t, codes: int32x4_t, a: int32x4_t) -> int32x4_t {
+        // SAFETY: see above.
+        unsafe {
+            match DOT {
+                USDOT => usdot(acc, codes, a),
+                SDOT => sdot(acc, codes, a),
+                _ => smull(acc, codes, a),
+            }
+        }
+    }
+
+    #[inline(always)]
+    fn dot_bytes(self, acc: int32x4_t, codes: int32x4_t, a: int32x4_t) -> int32x4_t {
+        if DOT == USDOT {
+            return self.dot_nibbles(acc, codes, a);
+        }
+        // SAFETY: see above.
+        let w = unsafe {
+            let sign = vdupq_n_s8(i8::MIN);
+            vreinterpretq_s32_s8(veorq_s8(vreinterpretq_s8_s32(codes), sign)) // code − 128
+        };
+        self.dot_nibbles(acc, w, a)
+    }
+
+    #[inline(always)]
+    fn flush(
+        self,
+        acc: float32x4_t,
+        dot: int32x4_t,
+        zero: int32x4_t,
+        sum: i32,
+        scale: float32x4_t,
+    ) -> float32x4_t {
+        // SAFETY: see above.
+        unsafe {
+            let exact = vcvtq_f32_s32(vmlsq_s32(dot, zero, vdupq_n_s32(sum)));
+            vaddq_f32(acc, vmulq_f32(exact, scale))
+        }
+    }
+
+    #[inline(always)]
+    fn level<const SHIFT: u32, const MASK: i32>(self, codes: int32x4_t) -> float32x4_t {
+        // SAFETY: see above.
+        unsafe {
+            let codes = vreinterpretq_u32_s32(codes);
+            let shifted = vshlq_u32(codes, vdupq_n_s32(-(SHIFT as i32))); // to the right
+            vcvtq_f32_u32(vandq_u32(shifted, vdupq_n_u32(MASK as u32)))
+        }
+    }
+
+    #[inline(always)]
+    fn to_f32(self, x: int32x4_t) -> float32x4_t {
+        // SAFETY: see above.
+        unsafe { vcvtq_f32_s32(x) }
+    }
+
+    #[inline(always)]
+    fn sub(self, a: float32x4_t, b: float32x4_t) -> float32x4_t {
+        // SAFETY: see above.
+        unsafe { vsubq_f32(a, b) }
+    }
+
+    #[inline(always)]
+    fn mul_add(self, acc: float32x4_t, a: float32x4_t, b: float32x4_t) -> float32x4_t {
+        // SAFETY: see above.
+        unsafe { vfmaq_f32(acc, a, b) }
+    }
+}
