@@ -4,13 +4,17 @@ use core::arch::{aarch64::*, asm};
 use std::arch::is_aarch64_feature_detected;
 
 use super::Kernel;
-use crate::tile::{self, Int8Row, Isa, NR, Panel};
+use crate::{
+    roofline::Peak,
+    tile::{self, Int8Row, Isa, NR, Panel},
+};
 
 pub(super) const I8MM: Kernel = Kernel {
     name: "neon_i8mm",
     is_available: || (NEON.is_available)() && is_aarch64_feature_detected!("i8mm"),
     int8: int8_i8mm,
     f32,
+    peak: peak_i8mm,
 };
 
 pub(super) const DOTPROD: Kernel = Kernel {
@@ -18,32 +22,48 @@ pub(super) const DOTPROD: Kernel = Kernel {
     is_available: || (NEON.is_available)() && is_aarch64_feature_detected!("dotprod"),
     int8: int8_dotprod,
     f32,
+    peak: peak_dotprod,
 };
 
 pub(super) const NEON: Kernel =
-    Kernel { name: "neon", is_available: || is_aarch64_feature_detected!("neon"), int8, f32 };
+    Kernel { name: "neon", is_available: || is_aarch64_feature_detected!("neon"), int8, f32, peak };
 
 // Of 32 registers a tile takes 16 for sums, 8 where each product needs some of its own. For int8, 4 by
 // 4 vectors leave room for 8 of codes; for f32, 8 by 2 share the work of a level among more rows.
 
 #[target_feature(enable = "neon,i8mm")]
 fn int8_i8mm(panel: &Panel<'_>, rows: &[Int8Row<'_>], out: &mut [[f32; NR]]) {
-    tile::int8::<_, 4, 2, 4, 8, 4>(Neon::<USDOT>::with_i8mm(), panel, rows, out);
+    tile::int8::<_, 4, 3, 2, 2, 4, 8, 4>(Neon::<USDOT>::with_i8mm(), panel, rows, out);
 }
 
 #[target_feature(enable = "neon,dotprod")]
 fn int8_dotprod(panel: &Panel<'_>, rows: &[Int8Row<'_>], out: &mut [[f32; NR]]) {
-    tile::int8::<_, 4, 2, 4, 8, 4>(Neon::<SDOT>::with_dotprod(), panel, rows, out);
+    tile::int8::<_, 4, 3, 2, 2, 4, 8, 4>(Neon::<SDOT>::with_dotprod(), panel, rows, out);
 }
 
 #[target_feature(enable = "neon")]
 fn int8(panel: &Panel<'_>, rows: &[Int8Row<'_>], out: &mut [[f32; NR]]) {
-    tile::int8::<_, 4, 4, 2, 8, 4>(Neon::<SMULL>::new(), panel, rows, out);
+    tile::int8::<_, 4, 3, 2, 4, 2, 8, 4>(Neon::<SMULL>::new(), panel, rows, out);
 }
 
 #[target_feature(enable = "neon")]
 fn f32(panel: &Panel<'_>, rows: &[&[f32]], out: &mut [[f32; NR]]) {
-    tile::f32::<_, 8, 4, 2, 8, 4>(Neon::<SMULL>::new(), panel, rows, out);
+    tile::f32::<_, 8, 4, 2, 4, 2, 8, 4>(Neon::<SMULL>::new(), panel, rows, out);
+}
+
+#[target_feature(enable = "neon,i8mm")]
+fn peak_i8mm(peak: Peak, rounds: u64) -> f64 {
+    tile::peak(Neon::<USDOT>::with_i8mm(), peak, rounds)
+}
+
+#[target_feature(enable = "neon,dotprod")]
+fn peak_dotprod(peak: Peak, rounds: u64) -> f64 {
+    tile::peak(Neon::<SDOT>::with_dotprod(), peak, rounds)
+}
+
+#[target_feature(enable = "neon")]
+fn peak(peak: Peak, rounds: u64) -> f64 {
+    tile::peak(Neon::<SMULL>::new(), peak, rounds)
 }
 
 /// What multiplies bytes.
