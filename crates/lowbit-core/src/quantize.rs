@@ -374,3 +374,81 @@ fn check_importance(importance: Option<&[f32]>, k: usize) -> Result<()> {
     }
     Ok(())
 }
+
+#[cfg(test)]
+mod tests {
+    use pulp::Scalar;
+
+    use super::*;
+    use crate::{Granularity, Mat, Rounding};
+
+    /// Every loop on plain instructions and on the newest ones of this CPU.
+    #[test]
+    fn every_instruction_set_gives_the_same_bits() {
+        let k = 203;
+        let w = Mat::from_fn(3, k, |r, c| ((r * k + c) as f32 * 0.37).sin() * (c as f32 - 90.0));
+        let roundings = [
+            Rounding::NearestEven,
+            Rounding::NearestAway,
+            Rounding::NearestUp,
+            Rounding::Floor,
+            Rounding::TowardZero,
+            Rounding::Stochastic { seed: 3 },
+        ];
+        let zeros = [
+            ZeroFormat::Midpoint,
+            ZeroFormat::Int,
+            ZeroFormat::Real(crate::ScaleFormat::F16),
+            ZeroFormat::Offset(crate::ScaleFormat::Bf16),
+        ];
+        for (rounding, zero) in roundings.into_iter().flat_map(|r| zeros.map(|z| (r, z))) {
+            for block_cols in [1, 7, 32, 64, k] {
+                let scheme =
+                    QuantScheme { zero, ..QuantScheme::affine(4, Granularity::PerChannel) };
+                let plan = Plan::new(scheme, &Fit { rounding, ..Fit::NEAREST });
+                let count = k.div_ceil(block_cols);
+                for row in w.as_ref().iter_rows() {
+                    let run = |plain: bool| {
+                        let mut blocks = Blocks::new(plan, count);
+                        let mut scale_bytes = vec![0; 2 * count];
+                        let mut codes = vec![0; k];
+                        let extents = &mut blocks.extents;
+                        let ranges = RowExtents { row, block_cols, extents };
+                        assert!(if plain {
+                            ranges.with_simd(Scalar)
+                        } else {
+                            simd::dispatch(ranges)
+                        });
+                        let bytes = &mut scale_bytes;
+                        let grids = MakeGrids { blocks: &mut blocks, scale_bytes: bytes };
+                        let bad =
+                            if plain { grids.with_simd(Scalar) } else { simd::dispatch(grids) };
+                        assert_eq!(bad, None);
+                        let (blocks, to) = (&blocks, &mut codes);
+                        let encode = EncodeRow { row, block_cols, blocks, codes: to, index: 5 };
+                        if plain {
+                            encode.with_simd(Scalar)
+                        } else {
+                            simd::dispatch(encode)
+                        }
+                        let grid = &blocks.grids[0];
+                        let mut first = vec![0; block_cols];
+                        let error = RowError {
+                            x: &row[..block_cols],
+                            codes: &mut first,
+                            plan: &plan,
+                            grid,
+                            index: 5,
+                            importance: None,
+                            norm: 2.4,
+                        };
+                        let error =
+                            if plain { error.with_simd(Scalar) } else { simd::dispatch(error) };
+                        (scale_bytes, codes, error.to_bits())
+                    };
+                    assert_eq!(run(true), run(false), "{rounding:?} {zero:?} {block_cols}");
+                }
+            }
+        }
+    }
+}
