@@ -14,10 +14,8 @@ fuzz_target!(|input: (u8, u8, u8, u8, u8, bool, &[u8])| {
     let w = Mat::from_fn(n, k, |r, c| value(r * k + c));
     let x = Mat::from_fn(m, k, |r, c| value(r + c * 7));
     let zero = if symmetric { ZeroFormat::Midpoint } else { ZeroFormat::Int };
-    let scheme = QuantScheme {
-        zero,
-        ..QuantScheme::affine(bits, Granularity::PerGroup(group_size.into()))
-    };
+    let scheme =
+        QuantScheme { zero, ..QuantScheme::affine(bits, Granularity::PerGroup(group_size.into())) };
     let Ok(q) = QMatrix::quantize(w.as_ref(), scheme) else { return };
     let layer = QLinear::new(q).with_activation(Some(ActivationScheme::INT8_PER_TOKEN));
     let mut expected = Mat::zeros(m, n);

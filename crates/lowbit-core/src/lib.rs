@@ -37,6 +37,7 @@ mod linear;
 mod mat;
 #[cfg(feature = "std")]
 pub mod metrics;
+mod outliers;
 mod qmatrix;
 mod quantize;
 pub mod range;
@@ -55,6 +56,7 @@ pub use error::Error;
 pub use fit::{Division, Fit, Range, SymmetricScale, presets};
 pub use linear::{Linear, QLinear, check_shapes};
 pub use mat::{Mat, MatMut, MatRef};
+pub use outliers::{OutlierColumns, Outliers};
 pub use qmatrix::QMatrix;
 pub use rounding::Rounding;
 pub use scheme::{Granularity, Params, QuantScheme, QuantType, ScaleFormat, ZeroFormat};

@@ -1,8 +1,8 @@
 use alloc::{vec, vec::Vec};
 
 use crate::{
-    ActivationScales, ActivationScheme, Context, Error, MatMut, MatRef, QActivations, QMatrix,
-    Result, ZeroFormat,
+    ActivationScales, ActivationScheme, Context, Error, Mat, MatMut, MatRef, Outliers,
+    QActivations, QMatrix, Result, ZeroFormat,
 };
 
 /// A linear layer `y = x·Wᵀ + bias`, whatever its weights are made of.
@@ -64,19 +64,32 @@ pub fn check_shapes(layer: &dyn Linear, x: MatRef<'_, f32>, y: &MatMut<'_, f32>)
 pub struct QLinear<S = Vec<u8>> {
     weight: QMatrix<S>,
     activation: Option<ActivationScheme>,
+    outliers: Option<Outliers>,
     bias: Option<Vec<f32>>,
 }
 
 impl<S: AsRef<[u8]>> QLinear<S> {
     /// A layer of just a weight, with f32 activations.
     pub fn new(weight: QMatrix<S>) -> Self {
-        Self { weight, activation: None, bias: None }
+        Self { weight, activation: None, outliers: None, bias: None }
     }
 
     /// Replaces the way in which inputs are quantized. Whether it has a meaning is said by
     /// [`forward`](Linear::forward), as by [`QActivations::quantize`].
     pub fn with_activation(self, activation: Option<ActivationScheme>) -> Self {
         Self { activation, ..self }
+    }
+
+    /// Replaces the features that are multiplied in f32.
+    ///
+    /// # Errors
+    /// [`Error::Parameter`] for a threshold that is no positive number; [`Error::Shape`] and
+    /// [`Error::Length`] if known columns are not of this layer.
+    pub fn with_outliers(self, outliers: Option<Outliers>) -> Result<Self> {
+        if let Some(outliers) = &outliers {
+            outliers.check(self.weight.rows(), self.weight.cols())?;
+        }
+        Ok(Self { outliers, ..self })
     }
 
     /// Replaces the bias.
@@ -97,14 +110,20 @@ impl<S: AsRef<[u8]>> QLinear<S> {
         &self.weight
     }
 
-    /// Every byte that the layer's weights take where they are stored; the bias is not among them.
+    /// Every byte that the layer's weights take where they are stored, those of known outliers
+    /// included; the bias is not among them.
     pub fn bytes(&self) -> usize {
-        self.weight.bytes()
+        self.weight.bytes() + self.outliers.as_ref().map_or(0, Outliers::bytes)
     }
 
     /// How inputs are quantized; `None` for f32.
     pub fn activation(&self) -> Option<ActivationScheme> {
         self.activation
+    }
+
+    /// The features that are multiplied in f32.
+    pub fn outliers(&self) -> Option<&Outliers> {
+        self.outliers.as_ref()
     }
 
     /// The bias, one number for each output feature.
@@ -124,6 +143,8 @@ impl<S: AsRef<[u8]>> QLinear<S> {
 ///   by it instead. The inner sums are exact integers; the outer one goes from left to right in
 ///   f32, every product and sum rounded on its own (no fused multiply-add). Kernels reproduce it bit
 ///   for bit.
+/// * [`Outliers`] count as 0 in all of this. Then, feature by feature in ascending order, `x_j·w_j` is
+///   added to y, product and sum each rounded to f32.
 /// * Other activations (floats), or weights with real zeros or offsets: as f32 activations, over
 ///   the dequantized activations.
 impl<S: AsRef<[u8]> + Send + Sync> Linear for QLinear<S> {
@@ -140,6 +161,15 @@ impl<S: AsRef<[u8]> + Send + Sync> Linear for QLinear<S> {
         if x.rows() == 0 || self.out_features() == 0 {
             return Ok(());
         }
+        let rest = self.outliers.as_ref().map(|outliers| {
+            Mat::from_fn(x.rows(), x.cols(), |r, c| match x.get(r, c) {
+                // What is not finite stays, to be refused.
+                Some(&x) if x.is_finite() && outliers.contains(c, x) => 0.0,
+                x => x.copied().unwrap_or_default(),
+            })
+        });
+        let all = x;
+        let x = rest.as_ref().map_or(all, Mat::as_ref);
         let a = self.activation.map(|scheme| QActivations::quantize(x, scheme)).transpose()?;
         match a {
             None => self.forward_f64(x, &mut y),
@@ -148,6 +178,9 @@ impl<S: AsRef<[u8]> + Send + Sync> Linear for QLinear<S> {
             }
             Some(a) => self.forward_f64(a.dequantize().as_ref(), &mut y),
         }
+        if let Some(outliers) = &self.outliers {
+            self.add_outliers(outliers, all, &mut y);
+        }
         Ok(())
     }
 }
@@ -155,6 +188,26 @@ impl<S: AsRef<[u8]> + Send + Sync> Linear for QLinear<S> {
 impl<S: AsRef<[u8]>> QLinear<S> {
     fn has_integer_zeros(&self) -> bool {
         matches!(self.weight.scheme().zero, ZeroFormat::Midpoint | ZeroFormat::Int)
+    }
+
+    fn add_outliers(&self, outliers: &Outliers, x: MatRef<'_, f32>, y: &mut MatMut<'_, f32>) {
+        let w = self.weight.dequantize();
+        let known = match outliers {
+            Outliers::Columns(known) => Some(known),
+            Outliers::Threshold(_) => None,
+        };
+        for (x, y) in x.iter_rows().zip(y.iter_rows_mut()) {
+            for (j, &x) in x.iter().enumerate().filter(|(j, x)| outliers.contains(*j, **x)) {
+                let row = known.and_then(|known| known.columns().binary_search(&j).ok());
+                for (i, y) in y.iter_mut().enumerate() {
+                    let w = match (known, row) {
+                        (Some(known), Some(row)) => known.weight().as_ref().get(row, i),
+                        _ => w.as_ref().get(i, j),
+                    };
+                    *y += x * w.copied().unwrap_or_default();
+                }
+            }
+        }
     }
 
     fn forward_f64(&self, x: MatRef<'_, f32>, y: &mut MatMut<'_, f32>) {

@@ -4,7 +4,8 @@
 use std::ops::Range;
 
 use lowbit_core::{
-    Context, Error, Linear, MatMut, MatRef, Result, check_shapes, group_sums, quantize_row_int8,
+    Context, Error, Linear, MatMut, MatRef, Outliers, Result, check_shapes, group_sums,
+    quantize_row_int8,
 };
 use rayon::prelude::*;
 
@@ -73,21 +74,34 @@ impl PackedLinear {
     fn forward_int8(
         &self,
         x: MatRef<'_, f32>,
-        y: MatMut<'_, f32>,
+        mut y: MatMut<'_, f32>,
         ctx: &mut Context,
         threads: Threads<'_>,
     ) -> Result<()> {
         // One row of scratch: [scale f32][sums i32; groups][codes i8; padded k]
+        // With outliers, [x without them f32; k] behind it.
         let (m, width, groups) = (x.rows(), self.padded_k(), self.group().1);
-        let stride = (4 + 4 * groups + width).next_multiple_of(64);
+        let quantized = (4 + 4 * groups + width).next_multiple_of(64);
+        let rest = if self.outliers().is_some() { 4 * x.cols() } else { 0 };
+        let stride = quantized + rest.next_multiple_of(64);
         let scratch = ctx.scratch(m * stride);
         let quantize = |row: usize, to: &mut [u8]| {
+            let (to, rest) = to.split_at_mut(quantized);
             let (scale, to) = to.split_at_mut(4);
             let (sums, codes) = to.split_at_mut(4 * groups);
             let codes = bytemuck::cast_slice_mut(&mut codes[..width]);
             let sums = bytemuck::cast_slice_mut(sums);
             // NaN marks a row that could not be quantized.
-            let result = self.quantize_row(x.row(row).unwrap_or(&[]), codes, sums);
+            let x = x.row(row).unwrap_or(&[]);
+            let x = match self.outliers() {
+                None => x,
+                Some(outliers) => {
+                    let rest = bytemuck::cast_slice_mut(&mut rest[..4 * x.len()]);
+                    without(outliers, x, rest);
+                    rest
+                }
+            };
+            let result = self.quantize_row(x, codes, sums);
             scale.copy_from_slice(&result.unwrap_or(f32::NAN).to_ne_bytes());
         };
         threads.chunks(scratch, stride, quantize);
@@ -106,7 +120,7 @@ impl PackedLinear {
                 return Err(Error::NotFinite { what: "activation", row: r, col });
             }
         }
-        self.tiles(y, threads, |panel, rows, out| {
+        self.tiles(y.reborrow(), threads, |panel, rows, out| {
             let panel = self.panel(panel);
             let mut a = [Int8Row { codes: &[], sums: &[] }; MR];
             let mut scales = [0.0; MR];
@@ -120,7 +134,67 @@ impl PackedLinear {
                 }
             }
         });
+        if let Some(outliers) = self.outliers() {
+            self.add_outliers(outliers, x, y, ctx, threads);
+        }
         Ok(())
+    }
+
+    /// `y += x_j·w_j` for every outlier, feature by feature in ascending order.
+    fn add_outliers(
+        &self,
+        outliers: &Outliers,
+        x: MatRef<'_, f32>,
+        mut y: MatMut<'_, f32>,
+        ctx: &mut Context,
+        threads: Threads<'_>,
+    ) {
+        /// Features whose weights are dequantized at a time.
+        const BATCH: usize = 16;
+        let ((m, n), k) = (y.shape(), x.cols());
+        // [is a feature an outlier in some row u8; k][weights f32; BATCH, n]
+        let scratch = ctx.scratch(k.next_multiple_of(64) + 4 * BATCH * n);
+        let (marks, w) = scratch.split_at_mut(k.next_multiple_of(64));
+        let (marks, w) = (&mut marks[..k], bytemuck::cast_slice_mut::<_, f32>(w));
+        marks.fill(0);
+        match outliers {
+            Outliers::Columns(known) => known.columns().iter().for_each(|&j| marks[j] = 1),
+            outliers => {
+                for x in x.iter_rows() {
+                    for (j, (mark, &x)) in marks.iter_mut().zip(x).enumerate() {
+                        *mark |= u8::from(outliers.contains(j, x));
+                    }
+                }
+            }
+        }
+        let mut marked = (0..k).filter(|&j| marks[j] != 0).peekable();
+        let mut index = 0;
+        while marked.peek().is_some() {
+            let mut batch = [0; BATCH];
+            let mut count = 0;
+            for (j, w) in marked.by_ref().take(BATCH).zip(w.chunks_mut(n)) {
+                match outliers {
+                    Outliers::Columns(known) => {
+                        if let Some(row) = known.weight().as_ref().row(index) {
+                            w.copy_from_slice(row);
+                        }
+                    }
+                    _ => self.column(j, w),
+                }
+                batch[count] = j;
+                count += 1;
+                index += 1;
+            }
+            let (w, stride) = (&*w, y.row_stride());
+            threads.chunks(y.reborrow().into_data(), stride, |row, y| {
+                let Some(x) = x.row(row).filter(|_| row < m) else { return };
+                for (&j, w) in batch[..count].iter().zip(w.chunks(n)) {
+                    if outliers.contains(j, x[j]) {
+                        pulp::Arch::new().dispatch(Add { x: x[j], w, y: &mut y[..n] });
+                    }
+                }
+            });
+        }
     }
 
     /// Quantizes a row, sums the codes of each group, and spreads the groups to whole steps.
@@ -180,6 +254,45 @@ impl PackedLinear {
                 }
             }
         });
+    }
+}
+
+/// `y += x·w`, product and sum each rounded.
+struct Add<'a> {
+    x: f32,
+    w: &'a [f32],
+    y: &'a mut [f32],
+}
+
+impl pulp::NullaryFnOnce for Add<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn call(self) {
+        for (y, w) in self.y.iter_mut().zip(self.w) {
+            *y += self.x * w;
+        }
+    }
+}
+
+/// Copies a row with zeros in place of its outliers. What is not finite stays, to be refused.
+fn without(outliers: &Outliers, x: &[f32], to: &mut [f32]) {
+    to.copy_from_slice(x);
+    match outliers {
+        Outliers::Columns(known) => {
+            for &j in known.columns() {
+                if x[j].is_finite() {
+                    to[j] = 0.0;
+                }
+            }
+        }
+        outliers => {
+            for (j, x) in to.iter_mut().enumerate() {
+                if x.is_finite() && outliers.contains(j, *x) {
+                    *x = 0.0;
+                }
+            }
+        }
     }
 }
 

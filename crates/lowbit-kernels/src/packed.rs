@@ -1,4 +1,4 @@
-use lowbit_core::{ActivationScheme, Error, QLinear, Result, ZeroFormat};
+use lowbit_core::{ActivationScheme, Error, Outliers, QLinear, Result, ZeroFormat};
 
 use crate::{
     isa::{self, Kernel},
@@ -30,6 +30,7 @@ pub struct PackedLinear {
     k: usize,
     kernel: &'static Kernel,
     activation: Option<ActivationScheme>,
+    outliers: Option<Outliers>,
     bias: Option<Vec<f32>>,
     storage: Storage,
     /// Input features of a full group, and how many groups a row has.
@@ -73,7 +74,7 @@ impl PackedLinear {
     /// # Errors
     /// [`Error::Unsupported`] if there is no such kernel or this CPU lacks its instructions, if
     /// activations are quantized other than by [`ActivationScheme::INT8_PER_TOKEN`], if zeros are
-    /// real numbers or offsets, or if activations are int8 and a group has more than 66,311
+    /// real numbers or offsets, if there are outliers beside f32 activations, or if activations are int8 and a group has more than 66,311
     /// weights, whose sum might overflow.
     pub fn with_kernel<S: AsRef<[u8]>>(layer: &QLinear<S>, name: &str) -> Result<Self> {
         Self::pack(layer, isa::named(name)?)
@@ -98,6 +99,10 @@ impl PackedLinear {
             );
             return Err(Error::Unsupported { by: "the int8 kernel", what });
         }
+        if layer.outliers().is_some() && layer.activation().is_none() {
+            let what = "outliers beside f32 activations".to_string();
+            return Err(Error::Unsupported { by: "PackedLinear", what });
+        }
         let storage = match weight.scheme().dtype.bits() {
             ..=4 => Storage::Nibbles,
             _ => Storage::Bytes,
@@ -109,6 +114,7 @@ impl PackedLinear {
             k,
             kernel,
             activation: layer.activation(),
+            outliers: layer.outliers().cloned(),
             bias: layer.bias().map(<[f32]>::to_vec),
             storage,
             group: (group_size, groups),
@@ -157,6 +163,29 @@ impl PackedLinear {
 
     pub(crate) fn activation(&self) -> Option<ActivationScheme> {
         self.activation
+    }
+
+    pub(crate) fn outliers(&self) -> Option<&Outliers> {
+        self.outliers.as_ref()
+    }
+
+    /// The dequantized weights of input feature `j`, one for each output: `Params::level`.
+    pub(crate) fn column(&self, j: usize, to: &mut [f32]) {
+        let (g, within) = (j / self.group.0, j % self.group.0);
+        let (step, byte, shift) = self.storage.place(within);
+        let step = g * self.storage.steps_of_group(self.group.0) + step;
+        let mask = match self.storage {
+            Storage::Bytes => 255,
+            Storage::Nibbles => 15,
+        };
+        for (panel, to) in to.chunks_mut(NR).enumerate() {
+            let panel = self.panel(panel);
+            for (lane, to) in to.iter_mut().enumerate() {
+                let code = panel.codes[(step * NR + lane) * 4 + byte] >> shift & mask;
+                let zero = f32::from(panel.zeros[g][lane]);
+                *to = panel.scales[g][lane] * (f32::from(code) - zero) + 0.0;
+            }
+        }
     }
 
     pub(crate) fn bias(&self) -> Option<&[f32]> {

@@ -3,8 +3,8 @@
 use std::sync::Arc;
 
 use lowbit_core::{
-    ActivationScheme, Context, Error, Granularity, Linear, Mat, QLinear, QMatrix, QuantScheme,
-    ZeroFormat,
+    ActivationScheme, Context, Error, Granularity, Linear, Mat, OutlierColumns, Outliers, QLinear,
+    QMatrix, QuantScheme, ZeroFormat,
 };
 use proptest::prelude::*;
 
@@ -137,6 +137,70 @@ proptest! {
         let activation = int8.then_some(ActivationScheme::INT8_PER_TOKEN);
         Problem { m, n, k, scheme, activation, bias, extreme, seed }.check();
     }
+}
+
+/// Kernels on one and two threads against the reference, bit for bit.
+fn check_bits(layer: &QLinear, x: &Mat<f32>) {
+    let bits = |y: &Mat<f32>| y.data().iter().map(|y| y.to_bits()).collect::<Vec<_>>();
+    let mut expected = Mat::zeros(x.rows(), layer.out_features());
+    layer.forward(x.as_ref(), expected.as_mut(), &mut Context::new()).unwrap();
+    let pool = Arc::new(rayon::ThreadPoolBuilder::new().num_threads(2).build().unwrap());
+    for kernel in kernels() {
+        let packed = PackedLinear::with_kernel(layer, kernel).unwrap();
+        for mut ctx in [Context::new(), Context::with_pool(pool.clone())] {
+            let mut y = Mat::from_fn(x.rows(), layer.out_features(), |_, _| f32::NAN);
+            packed.forward(x.as_ref(), y.as_mut(), &mut ctx).unwrap();
+            assert_eq!(bits(&y), bits(&expected), "{kernel}");
+        }
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(96))]
+
+    /// Inputs reach ±3: at these thresholds none, a few, many or all of them are outliers.
+    #[test]
+    fn outliers_are_added_as_the_reference_does(
+        (m, n, k) in (0..5_usize, 0..70_usize, 0..90_usize),
+        scheme in scheme(),
+        threshold in prop::sample::select(vec![1e9_f32, 2.9, 1.5, 1e-9]),
+        known in prop::collection::btree_set(0..90_usize, 0..30),
+        bias in any::<bool>(),
+        seed in any::<u64>(),
+    ) {
+        let activation = Some(ActivationScheme::INT8_PER_TOKEN);
+        let problem = Problem { m, n, k, scheme, activation, bias, extreme: false, seed };
+        let (layer, x) = (problem.layer(), problem.input());
+        let dynamic = Outliers::Threshold(threshold);
+        check_bits(&layer.clone().with_outliers(Some(dynamic)).unwrap(), &x);
+
+        let columns: Vec<_> = known.into_iter().filter(|&j| j < k).collect();
+        let w = Mat::from_fn(columns.len(), n, |r, c| ((r * 70 + c) as f32).sin());
+        let known = Outliers::Columns(OutlierColumns::new(columns, w).unwrap());
+        check_bits(&layer.with_outliers(Some(known)).unwrap(), &x);
+    }
+}
+
+#[test]
+fn without_outliers_the_layer_is_the_plain_int8_one() {
+    let scheme = QuantScheme::symmetric(8, Granularity::PerChannel);
+    let activation = Some(ActivationScheme::INT8_PER_TOKEN);
+    let problem =
+        Problem { m: 3, n: 40, k: 64, scheme, activation, bias: true, extreme: false, seed: 5 };
+    let (layer, x) = (problem.layer(), problem.input());
+    let forward = |layer: &QLinear| {
+        let mut y = Mat::zeros(3, 40);
+        PackedLinear::new(layer)
+            .unwrap()
+            .forward(x.as_ref(), y.as_mut(), &mut Context::new())
+            .unwrap();
+        y
+    };
+    let plain = forward(&layer);
+    let far = layer.clone().with_outliers(Some(Outliers::Threshold(6.0))).unwrap();
+    assert_eq!(forward(&far), plain);
+    let near = layer.with_outliers(Some(Outliers::Threshold(1.0))).unwrap();
+    assert_ne!(forward(&near), plain);
 }
 
 #[test]
