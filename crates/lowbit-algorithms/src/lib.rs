@@ -16,6 +16,7 @@
 
 mod calibration;
 pub mod calibrations;
+mod llm_int8;
 mod methods;
 mod rtn;
 mod second_moment;
@@ -24,6 +25,7 @@ use lowbit_core::{MatRef, QLinear, Result};
 
 pub use calibration::Calibration;
 pub use calibrations::Calibrations;
+pub use llm_int8::LlmInt8;
 pub use methods::{METHODS, Method};
 pub use rtn::Rtn;
 

@@ -4,7 +4,7 @@ use lowbit_core::{
     QuantScheme,
 };
 
-use crate::{Quantizer, Rtn};
+use crate::{LlmInt8, Quantizer, Rtn};
 
 /// A method under the name by which commands and reports know it.
 #[derive(Clone, Copy)]
@@ -45,6 +45,7 @@ pub const METHODS: &[Method] = &[
     Method::new("int8", "8 bits, a scale per channel", &symmetric(8, PerChannel)),
     Method::new("int8-zp", "8 bits, scale and zero-point per channel", &affine(8, PerChannel)),
     Method::new("w8a8", "8 bits per channel, int8 activations per token", &W8A8),
+    Method::new("llm-int8", "as w8a8, outliers of 6 and more in f32", &LlmInt8::PAPER),
     Method::new("int4", "4 bits, a scale per channel", &symmetric(4, PerChannel)),
     Method::new("int4-zp", "4 bits, scale and zero-point per channel", &affine(4, PerChannel)),
     Method::new("int4-g128", "4 bits, groups of 128", &symmetric(4, PerGroup(128))),

@@ -159,13 +159,12 @@ impl PackedLinear {
         marks.fill(0);
         match outliers {
             Outliers::Columns(known) => known.columns().iter().for_each(|&j| marks[j] = 1),
-            outliers => {
+            Outliers::Threshold(threshold) => {
                 for x in x.iter_rows() {
-                    for (j, (mark, &x)) in marks.iter_mut().zip(x).enumerate() {
-                        *mark |= u8::from(outliers.contains(j, x));
-                    }
+                    pulp::Arch::new().dispatch(Mark { x, threshold: *threshold, marks });
                 }
             }
+            _ => return, // packing refuses what it does not know
         }
         let mut marked = (0..k).filter(|&j| marks[j] != 0).peekable();
         let mut index = 0;
@@ -275,23 +274,56 @@ impl pulp::NullaryFnOnce for Add<'_> {
     }
 }
 
+/// Marks the features of `x` that are outliers.
+struct Mark<'a> {
+    x: &'a [f32],
+    threshold: f32,
+    marks: &'a mut [u8],
+}
+
+impl pulp::NullaryFnOnce for Mark<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn call(self) {
+        for (mark, x) in self.marks.iter_mut().zip(self.x) {
+            *mark |= u8::from(x.abs() >= self.threshold);
+        }
+    }
+}
+
 /// Copies a row with zeros in place of its outliers. What is not finite stays, to be refused.
 fn without(outliers: &Outliers, x: &[f32], to: &mut [f32]) {
-    to.copy_from_slice(x);
     match outliers {
+        Outliers::Threshold(threshold) => {
+            pulp::Arch::new().dispatch(Without { x, threshold: *threshold, to });
+        }
         Outliers::Columns(known) => {
+            to.copy_from_slice(x);
             for &j in known.columns() {
                 if x[j].is_finite() {
                     to[j] = 0.0;
                 }
             }
         }
-        outliers => {
-            for (j, x) in to.iter_mut().enumerate() {
-                if x.is_finite() && outliers.contains(j, *x) {
-                    *x = 0.0;
-                }
-            }
+        _ => to.copy_from_slice(x),
+    }
+}
+
+struct Without<'a> {
+    x: &'a [f32],
+    threshold: f32,
+    to: &'a mut [f32],
+}
+
+impl pulp::NullaryFnOnce for Without<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn call(self) {
+        for (to, &x) in self.to.iter_mut().zip(self.x) {
+            let outlier = x.abs() >= self.threshold && x.abs() < f32::INFINITY;
+            *to = if outlier { 0.0 } else { x };
         }
     }
 }

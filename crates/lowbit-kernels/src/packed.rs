@@ -103,6 +103,12 @@ impl PackedLinear {
             let what = "outliers beside f32 activations".to_string();
             return Err(Error::Unsupported { by: "PackedLinear", what });
         }
+        if let Some(other) = layer.outliers()
+            && !matches!(other, Outliers::Threshold(_) | Outliers::Columns(_))
+        {
+            let what = format!("outliers found by {other:?}");
+            return Err(Error::Unsupported { by: "PackedLinear", what });
+        }
         let storage = match weight.scheme().dtype.bits() {
             ..=4 => Storage::Nibbles,
             _ => Storage::Bytes,

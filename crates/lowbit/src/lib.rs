@@ -35,7 +35,7 @@
 #![forbid(unsafe_code)]
 
 pub use lowbit_algorithms::{
-    Calibration, Calibrations, METHODS, Method, Quantizer, Rtn, calibrations,
+    Calibration, Calibrations, LlmInt8, METHODS, Method, Quantizer, Rtn, calibrations,
 };
 #[cfg(feature = "testing")]
 pub use lowbit_core::testing;
