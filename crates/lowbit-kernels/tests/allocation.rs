@@ -1,0 +1,76 @@
+//! A warm context allocates nothing: not for any kernel, nor for outliers, nor on a pool.
+
+use std::{
+    alloc::{GlobalAlloc, Layout, System},
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering},
+    },
+};
+
+use lowbit_core::{
+    ActivationScheme, Context, Granularity, Linear, Mat, Outliers, QLinear, QMatrix, QuantScheme,
+};
+use lowbit_kernels::{PackedLinear, kernels};
+
+struct Counting;
+
+static ALLOCATIONS: AtomicUsize = AtomicUsize::new(0);
+
+#[allow(unsafe_code, reason = "an allocator that counts")]
+// SAFETY: every call goes to the system's allocator as it came.
+unsafe impl GlobalAlloc for Counting {
+    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
+        ALLOCATIONS.fetch_add(1, Ordering::SeqCst);
+        // SAFETY: as above.
+        unsafe { System.alloc(layout) }
+    }
+
+    unsafe fn dealloc(&self, at: *mut u8, layout: Layout) {
+        // SAFETY: as above.
+        unsafe { System.dealloc(at, layout) }
+    }
+}
+
+#[global_allocator]
+static ALLOCATOR: Counting = Counting;
+
+/// The only test of this file, so that nobody else allocates meanwhile.
+///
+/// On a pool it runs on one of the pool's threads. From outside, rayon hands the work over through
+/// a queue that allocates a block once in a while.
+#[test]
+fn a_warm_context_allocates_nothing() {
+    let (m, n, k) = (40, 100, 300);
+    let w = Mat::from_fn(n, k, |r, c| ((r * k + c) as f32).sin());
+    let x = Mat::from_fn(m, k, |r, c| ((r * k + c) as f32).cos() * 7.0);
+    let q = QMatrix::quantize(w.as_ref(), QuantScheme::affine(4, Granularity::PerGroup(32)));
+    let layer = QLinear::new(q.unwrap()).with_bias(Some(vec![1.0; n])).unwrap();
+    let int8 = layer.clone().with_activation(Some(ActivationScheme::INT8_PER_TOKEN));
+    let outliers = int8.clone().with_outliers(Some(Outliers::Threshold(6.0))).unwrap();
+    let pool = Arc::new(rayon::ThreadPoolBuilder::new().num_threads(2).build().unwrap());
+    // Threads that start allocate: all of them have started, and taken work, before anything counts.
+    for _ in 0..100 {
+        pool.broadcast(|_| ());
+        pool.install(|| rayon::join(|| (), || ()));
+    }
+    for kernel in kernels() {
+        for layer in [&layer, &int8, &outliers] {
+            let packed = PackedLinear::with_kernel(layer, kernel).unwrap();
+            let mut y = Mat::zeros(m, n);
+            let mut count = |ctx: &mut Context| {
+                for _ in 0..3 {
+                    packed.forward(x.as_ref(), y.as_mut(), ctx).unwrap();
+                }
+                let before = ALLOCATIONS.load(Ordering::SeqCst);
+                for _ in 0..10 {
+                    packed.forward(x.as_ref(), y.as_mut(), ctx).unwrap();
+                }
+                ALLOCATIONS.load(Ordering::SeqCst) - before
+            };
+            assert_eq!(count(&mut Context::new()), 0, "{kernel}, {packed:?}");
+            let on_pool = pool.install(|| count(&mut Context::with_pool(pool.clone())));
+            assert_eq!(on_pool, 0, "{kernel} on a pool, {packed:?}");
+        }
+    }
+}
