@@ -118,7 +118,11 @@ impl ActivationScheme {
         Self { dtype: ActivationType::Int8, scales: ActivationScales::PerToken };
 
     /// Rejects what has no meaning.
-    pub(crate) fn check(self) -> Result<()> {
+    ///
+    /// # Errors
+    /// [`Error::EmptyBlock`] for groups of 0, [`Error::Parameter`] for a static scale that is no
+    /// positive finite number, [`Error::Unsupported`] for a zero-point or a type that cannot be.
+    pub fn check(self) -> Result<()> {
         if let ActivationType::Float(format) = self.dtype
             && !format.is_signed()
         {
@@ -361,6 +365,46 @@ pub fn quantize_row_int8(x: &[f32], codes: &mut [i8]) -> Result<f32> {
     }
     same_length("int8 codes", x.len(), codes.len())?;
     simd::dispatch(Int8(x, codes)).ok_or_else(|| not_finite(x))
+}
+
+/// Quantizes one row of activations to int8 by a scale that is known: `code = round(x / scale)`, ties
+/// to even, and −127 or 127 for what lies beyond. For [`ActivationScales::Static`] and
+/// [`ActivationScales::PerTensor`], in kernels.
+///
+/// # Errors
+/// [`Error::Length`] if `codes` is not as long as `x`; [`Error::Parameter`] if `scale` is no positive
+/// finite number; [`Error::NotFinite`] (row 0) at the first NaN or infinity. `codes` is not written
+/// then.
+///
+/// # Example
+/// ```
+/// let mut codes = [0; 3];
+/// lowbit_core::encode_row_int8(&[0.5, -9.0, 0.004], 0.01, &mut codes)?;
+/// assert_eq!(codes, [50, -127, 0]);
+/// # Ok::<(), lowbit_core::Error>(())
+/// ```
+pub fn encode_row_int8(x: &[f32], scale: f32, codes: &mut [i8]) -> Result<()> {
+    struct Encode<'a>(&'a [f32], f32, &'a mut [i8]);
+    impl WithSimd for Encode<'_> {
+        type Output = ();
+
+        #[inline(always)]
+        fn with_simd<S: Simd>(self, _: S) {
+            let Self(x, scale, codes) = self;
+            for (&x, code) in x.iter().zip(codes) {
+                *code = nearest_even_i32((x / scale).clamp(-127.0, 127.0)) as i8;
+            }
+        }
+    }
+    same_length("int8 codes", x.len(), codes.len())?;
+    if !(scale > 0.0 && scale.is_finite()) {
+        return Err(Error::not_positive("scale", scale));
+    }
+    if !Extent::best(x).is_finite() {
+        return Err(not_finite(x));
+    }
+    simd::dispatch(Encode(x, scale, codes));
+    Ok(())
 }
 
 /// Quantizes one row of activations to uint8: `scale = (hi − lo) / 255` over a range that contains

@@ -48,7 +48,7 @@ mod simd;
 pub mod testing;
 
 pub use activation::{
-    ActivationScales, ActivationScheme, ActivationType, QActivations, group_sums,
+    ActivationScales, ActivationScheme, ActivationType, QActivations, encode_row_int8, group_sums,
     quantize_row_int8, quantize_row_uint8,
 };
 pub use context::Context;

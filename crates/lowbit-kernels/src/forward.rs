@@ -4,8 +4,8 @@
 use std::ops::Range;
 
 use lowbit_core::{
-    Context, Error, Linear, MatMut, MatRef, Outliers, Result, check_shapes, group_sums,
-    quantize_row_int8,
+    ActivationScales, ActivationType, Context, Error, Linear, MatMut, MatRef, Outliers, Result,
+    check_shapes, encode_row_int8, group_sums, quantize_row_int8, range::min_max,
 };
 use rayon::prelude::*;
 
@@ -40,8 +40,14 @@ impl Linear for PackedLinear {
         let threads = Threads(pool.as_deref());
         match self.activation() {
             None => self.forward_f32(x, y, ctx, threads),
-            // The only scheme that packing accepts.
-            Some(_) => self.forward_int8(x, y, ctx, threads),
+            Some(scheme) => {
+                let scale = match scheme.scales {
+                    ActivationScales::Static { scale, .. } => Some(scale),
+                    ActivationScales::PerTensor => Some(tensor_scale(scheme.dtype, x)?),
+                    _ => None,
+                };
+                self.forward_int8(x, y, ctx, threads, scale)
+            }
         }
     }
 }
@@ -77,6 +83,7 @@ impl PackedLinear {
         mut y: MatMut<'_, f32>,
         ctx: &mut Context,
         threads: Threads<'_>,
+        known_scale: Option<f32>,
     ) -> Result<()> {
         // One row of scratch: [scale f32][sums i32; groups][codes i8; padded k]
         // With outliers, [x without them f32; k] behind it.
@@ -101,7 +108,7 @@ impl PackedLinear {
                     rest
                 }
             };
-            let result = self.quantize_row(x, codes, sums);
+            let result = self.quantize_row(x, known_scale, codes, sums);
             scale.copy_from_slice(&result.unwrap_or(f32::NAN).to_ne_bytes());
         };
         threads.chunks(scratch, stride, quantize);
@@ -197,9 +204,21 @@ impl PackedLinear {
     }
 
     /// Quantizes a row, sums the codes of each group, and spreads the groups to whole steps.
-    fn quantize_row(&self, x: &[f32], codes: &mut [i8], sums: &mut [i32]) -> Result<f32> {
+    fn quantize_row(
+        &self,
+        x: &[f32],
+        known_scale: Option<f32>,
+        codes: &mut [i8],
+        sums: &mut [i32],
+    ) -> Result<f32> {
         let ((group_size, _), padded) = (self.group(), self.padded_group());
-        let scale = quantize_row_int8(x, &mut codes[..x.len()])?;
+        let scale = match known_scale {
+            None => quantize_row_int8(x, &mut codes[..x.len()])?,
+            Some(scale) => {
+                encode_row_int8(x, scale, &mut codes[..x.len()])?;
+                scale
+            }
+        };
         group_sums(&codes[..x.len()], group_size, sums);
         codes[x.len()..].fill(0);
         if padded != group_size {
@@ -254,6 +273,19 @@ impl PackedLinear {
             }
         });
     }
+}
+
+/// The scale that all rows share. With outliers, packing has refused this.
+fn tensor_scale(dtype: ActivationType, x: MatRef<'_, f32>) -> Result<f32> {
+    let mut all = (0.0_f32, 0.0_f32);
+    for (row, x) in x.iter_rows().enumerate().filter(|(_, x)| !x.is_empty()) {
+        let (lo, hi) = min_max(x).map_err(|_| {
+            let col = x.iter().position(|x| !x.is_finite()).unwrap_or(0);
+            Error::NotFinite { what: "activation", row, col }
+        })?;
+        all = (all.0.min(lo), all.1.max(hi));
+    }
+    Ok(dtype.params(all)?.0)
 }
 
 /// `y += x·w`, product and sum each rounded.

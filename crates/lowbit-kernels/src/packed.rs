@@ -1,4 +1,7 @@
-use lowbit_core::{ActivationScheme, Error, Outliers, QLinear, Result, ZeroFormat};
+use lowbit_core::{
+    ActivationScales, ActivationScheme, ActivationType, Error, Outliers, QLinear, Result,
+    ZeroFormat,
+};
 
 use crate::{
     isa::{self, Kernel},
@@ -89,9 +92,15 @@ impl PackedLinear {
             let what = format!("zeros stored as {:?}", weight.scheme().zero);
             return Err(Error::Unsupported { by: "PackedLinear", what });
         }
-        if let Some(other) = layer.activation().filter(|a| *a != ActivationScheme::INT8_PER_TOKEN) {
-            let what = format!("activations quantized as {other:?}");
-            return Err(Error::Unsupported { by: "PackedLinear", what });
+        if let Some(scheme) = layer.activation() {
+            scheme.check()?;
+            let one_scale_a_row = !matches!(scheme.scales, ActivationScales::PerTokenGroup(_));
+            // With outliers the rest would have to be known before the scale is.
+            let whole = scheme.scales == ActivationScales::PerTensor && layer.outliers().is_some();
+            if scheme.dtype != ActivationType::Int8 || !one_scale_a_row || whole {
+                let what = format!("activations quantized as {scheme:?}");
+                return Err(Error::Unsupported { by: "PackedLinear", what });
+            }
         }
         if layer.activation().is_some() && group_size > MAX_INT8_GROUP {
             let what = format!(

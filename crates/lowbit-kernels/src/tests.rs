@@ -4,8 +4,8 @@ use std::sync::Arc;
 
 use lowbit_core::testing::{Family, LinearProblem, Promise};
 use lowbit_core::{
-    ActivationScheme, Context, Error, Granularity, Linear, Mat, OutlierColumns, Outliers, QLinear,
-    QMatrix, QuantScheme, ZeroFormat,
+    ActivationScales, ActivationScheme, ActivationType, Context, Error, Granularity, Linear, Mat,
+    OutlierColumns, Outliers, QLinear, QMatrix, QuantScheme, ZeroFormat,
 };
 use proptest::prelude::*;
 
@@ -87,6 +87,17 @@ fn scheme() -> impl Strategy<Value = QuantScheme> {
     })
 }
 
+/// Those that kernels know. At the static scale a part of the inputs saturates.
+fn activation() -> impl Strategy<Value = Option<ActivationScheme>> {
+    let int8 = |scales| Some(ActivationScheme { dtype: ActivationType::Int8, scales });
+    prop_oneof![
+        2 => Just(None),
+        2 => Just(Some(ActivationScheme::INT8_PER_TOKEN)),
+        1 => Just(int8(ActivationScales::PerTensor)),
+        1 => Just(int8(ActivationScales::Static { scale: 0.0002, zero_point: 0 })),
+    ]
+}
+
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(192))]
 
@@ -94,12 +105,11 @@ proptest! {
     fn every_kernel_computes_the_reference(
         (m, n, k) in (0..9_usize, 0..70_usize, 0..150_usize),
         scheme in scheme(),
-        int8 in any::<bool>(),
+        activation in activation(),
         bias in any::<bool>(),
         extreme in any::<bool>(),
         seed in any::<u64>(),
     ) {
-        let activation = int8.then_some(ActivationScheme::INT8_PER_TOKEN);
         Problem { m, n, k, scheme, activation, bias, extreme, seed }.check();
     }
 }

@@ -43,7 +43,8 @@ pub use lowbit_core::{
     ActivationScales, ActivationScheme, ActivationType, Context, Division, Error, Fit, Granularity,
     Linear, Mat, MatMut, MatRef, OutlierColumns, Outliers, Params, QActivations, QLinear, QMatrix,
     QuantScheme, QuantType, Range, Result, Rounding, ScaleFormat, SymmetricScale, ZeroFormat,
-    check_shapes, group_sums, metrics, presets, quantize_row_int8, quantize_row_uint8, range,
+    check_shapes, encode_row_int8, group_sums, metrics, presets, quantize_row_int8,
+    quantize_row_uint8, range,
 };
 pub use lowbit_kernels::{PackedLinear, kernels, roofline};
 
