@@ -174,7 +174,9 @@ proptest! {
 
     #[test]
     fn a_histogram_gives_percentiles_to_a_bin(x in batch(), percent in 1.0..100.0_f64) {
-        prop_assume!(!x.is_empty());
+        if x.is_empty() {
+            return Ok(());
+        }
         let mut histogram = Histogram::new();
         histogram.observe(&x).unwrap();
         let amax = x.iter().fold(0.0_f32, |max, x| max.max(x.abs()));
