@@ -190,6 +190,13 @@ fn bad_operands_are_errors_that_carry_them() {
     }
     assert!(quantize_row_int8(&[1.0], &mut []).is_err());
     assert!(quantize_row_uint8(&[1.0, f32::NAN], &mut [0; 2]).is_err());
+    let unsigned = ActivationType::Float(Format::F8E8M0);
+    assert!(matches!(quantize(unsigned, ActivationScales::PerToken), Error::Unsupported { .. }));
+    let long =
+        ActivationScheme { dtype: ActivationType::Int16, scales: ActivationScales::PerToken };
+    let long = QActivations::quantize(Mat::zeros(1, 70_000).as_ref(), long).unwrap();
+    assert!(matches!(long.sums(70_000), Err(Error::OutOfRange { max: 65_538, got: 70_000, .. })));
+    assert!(long.sums(65_538).is_ok());
     let q = QActivations::quantize(x.as_ref(), ActivationScheme::INT8_PER_TOKEN).unwrap();
     assert_eq!(q.sums(0), Err(Error::EmptyBlock { rows: 1, cols: 0 }));
 }

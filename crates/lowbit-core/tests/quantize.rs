@@ -230,6 +230,33 @@ fn the_largest_numbers_do_not_overflow_on_the_way() {
     }
 }
 
+/// Zeros of 65504 and more do not fit f16, however the scale is stored.
+#[test]
+fn blocks_far_from_zero_are_quantized_or_say_what_does_not_fit() {
+    for scale_format in [ScaleFormat::F32, ScaleFormat::F16] {
+        for bits in [2, 4, 8] {
+            let w = Mat::from_fn(1, 32, |_, c| 1.0 + c as f32 * 1e-4);
+            let zero = ZeroFormat::Real(ScaleFormat::F16);
+            let scheme = QuantScheme {
+                zero,
+                scale_format,
+                ..QuantScheme::affine(bits, Granularity::PerChannel)
+            };
+            let back = QMatrix::quantize(w.as_ref(), scheme).unwrap().dequantize();
+            for (w, back) in w.data().iter().zip(back.data()) {
+                assert!((w - back).abs() < 2e-3, "{w} became {back}, {bits} bits");
+            }
+        }
+    }
+    let w = Mat::from_fn(1, 4, |_, c| 1e5 + c as f32);
+    let zero = ZeroFormat::Offset(ScaleFormat::F16);
+    let scheme = QuantScheme { zero, ..QuantScheme::affine(4, Granularity::PerChannel) };
+    assert_eq!(
+        QMatrix::quantize(w.as_ref(), scheme),
+        Err(Error::ZeroOverflow { zero: 1e5, format: ScaleFormat::F16, row: 0, col: 0 })
+    );
+}
+
 #[test]
 fn bad_operands_are_errors_that_carry_them() {
     let mut w = Mat::from_fn(3, 4, |r, c| (r + c) as f32);

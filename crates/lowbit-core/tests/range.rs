@@ -137,6 +137,29 @@ fn bad_operands_are_errors_that_carry_them() {
     assert!(histogram.mse_abs(0).is_err() && histogram.entropy_abs(0).is_err());
 }
 
+#[test]
+fn a_moving_average_stays_between_its_ranges() {
+    let far = moving_average(Some((-3e38, 0.0)), (3e38, 3.1e38), 0.5).unwrap();
+    assert!(far.0.is_finite() && far.1.is_finite(), "{far:?}");
+    let last = moving_average(Some((-1e30, 1e30)), (-1.0, 1.0), 1.0).unwrap();
+    assert_eq!(last, (-1.0, 1.0));
+    for bad in [(f32::NAN, 1.0), (0.0, f32::INFINITY), (3.0, -3.0)] {
+        assert!(matches!(moving_average(None, bad, 0.1), Err(Error::Parameter { .. })));
+        assert!(matches!(moving_average(Some(bad), (0.0, 1.0), 0.1), Err(Error::Parameter { .. })));
+    }
+}
+
+#[test]
+fn counts_end_where_their_numbers_do() {
+    let mut histogram = Histogram::new();
+    histogram.observe(&[1.0]).unwrap();
+    for _ in 0..70 {
+        histogram.merge(&histogram.clone());
+    }
+    assert_eq!(histogram.count(), u64::MAX);
+    assert_eq!(histogram.percentile_abs(50.0).unwrap(), 1.0);
+}
+
 fn batch() -> impl Strategy<Value = Vec<f32>> {
     let value = prop_oneof![
         4 => -1.0_f32..1.0,
@@ -170,6 +193,23 @@ proptest! {
         prop_assert_eq!(&b, &all);
         prop_assert_eq!(all.count(), batches.iter().map(Vec::len).sum::<usize>() as u64);
         prop_assert_eq!(all.abs_bins().iter().sum::<u64>(), all.count());
+    }
+
+    #[test]
+    fn a_histogram_cuts_both_tails_to_a_bin(
+        x in prop::collection::vec(-4.0_f32..4.0, 1..60), percent in 1.0..=100.0_f64,
+    ) {
+        let mut histogram = Histogram::new();
+        histogram.observe(&x).unwrap();
+        let (lo, hi) = histogram.percentile(percent).unwrap();
+        let (least, most) = range::min_max(&x).unwrap();
+        prop_assert!(least <= lo && lo <= hi && hi <= most);
+        // No more is cut off a tail than was asked, and a bin more would be too much.
+        let tail = (100.0 - percent) / 200.0 * x.len() as f64;
+        let bin = histogram.width() as f32 * 1.01;
+        let count = |f: &dyn Fn(f32) -> bool| x.iter().filter(|x| f(**x)).count() as f64;
+        prop_assert!(count(&|x| x < lo) <= tail && count(&|x| x > hi) <= tail);
+        prop_assert!(count(&|x| x <= lo + bin) > tail && count(&|x| x >= hi - bin) > tail);
     }
 
     #[test]
