@@ -75,10 +75,11 @@ impl PackedLinear {
     /// benchmarks and reports of defects.
     ///
     /// # Errors
-    /// [`Error::Unsupported`] if there is no such kernel or this CPU lacks its instructions, if
-    /// activations are quantized other than by [`ActivationScheme::INT8_PER_TOKEN`], if zeros are
-    /// real numbers or offsets, if there are outliers beside f32 activations, or if activations are int8 and a group has more than 66,311
-    /// weights, whose sum might overflow.
+    /// [`Error::Unsupported`] if there is no such kernel or this CPU lacks its instructions, or if no
+    /// kernel computes such a layer yet: zeros that are real numbers or offsets, activations in other
+    /// than f32 or int8 or with scales for groups of a token, int8 activations with a group of more
+    /// than 66,311 weights (whose sum might overflow), outliers beside f32 activations or beside a
+    /// scale that the batch shares.
     pub fn with_kernel<S: AsRef<[u8]>>(layer: &QLinear<S>, name: &str) -> Result<Self> {
         Self::pack(layer, isa::named(name)?)
     }
@@ -88,36 +89,7 @@ impl PackedLinear {
         let (n, k) = (weight.rows(), weight.cols());
         let (block_rows, group_size) = weight.block();
         let groups = k.div_ceil(group_size);
-        if !matches!(weight.scheme().zero, ZeroFormat::Midpoint | ZeroFormat::Int) {
-            let what = format!("zeros stored as {:?}", weight.scheme().zero);
-            return Err(Error::Unsupported { by: "PackedLinear", what });
-        }
-        if let Some(scheme) = layer.activation() {
-            scheme.check()?;
-            let one_scale_a_row = !matches!(scheme.scales, ActivationScales::PerTokenGroup(_));
-            // With outliers the rest would have to be known before the scale is.
-            let whole = scheme.scales == ActivationScales::PerTensor && layer.outliers().is_some();
-            if scheme.dtype != ActivationType::Int8 || !one_scale_a_row || whole {
-                let what = format!("activations quantized as {scheme:?}");
-                return Err(Error::Unsupported { by: "PackedLinear", what });
-            }
-        }
-        if layer.activation().is_some() && group_size > MAX_INT8_GROUP {
-            let what = format!(
-                "int8 activations with groups of {group_size}: at most {MAX_INT8_GROUP} weights may share a scale"
-            );
-            return Err(Error::Unsupported { by: "the int8 kernel", what });
-        }
-        if layer.outliers().is_some() && layer.activation().is_none() {
-            let what = "outliers beside f32 activations".to_string();
-            return Err(Error::Unsupported { by: "PackedLinear", what });
-        }
-        if let Some(other) = layer.outliers()
-            && !matches!(other, Outliers::Threshold(_) | Outliers::Columns(_))
-        {
-            let what = format!("outliers found by {other:?}");
-            return Err(Error::Unsupported { by: "PackedLinear", what });
-        }
+        check_supported(layer)?;
         let storage = match weight.scheme().dtype.bits() {
             ..=4 => Storage::Nibbles,
             _ => Storage::Bytes,
@@ -233,6 +205,39 @@ impl PackedLinear {
             storage: self.storage,
             steps: self.storage.steps_of_group(self.group.0),
         }
+    }
+}
+
+/// Says what no kernel computes yet.
+fn check_supported<S: AsRef<[u8]>>(layer: &QLinear<S>) -> Result<()> {
+    let refuse = |what: String| Err(Error::Unsupported { by: "PackedLinear", what });
+    let weight = layer.weight();
+    if !matches!(weight.scheme().zero, ZeroFormat::Midpoint | ZeroFormat::Int) {
+        return refuse(format!("zeros stored as {:?}", weight.scheme().zero));
+    }
+    match layer.outliers() {
+        None | Some(Outliers::Threshold(_) | Outliers::Columns(_)) => {}
+        Some(other) => return refuse(format!("outliers found by {other:?}")),
+    }
+    let Some(scheme) = layer.activation() else {
+        return match layer.outliers() {
+            None => Ok(()),
+            Some(_) => refuse("outliers beside f32 activations".to_string()),
+        };
+    };
+    scheme.check()?;
+    let group_size = weight.block().1;
+    match scheme.scales {
+        _ if scheme.dtype != ActivationType::Int8 => refuse(format!("activations of {scheme:?}")),
+        ActivationScales::PerTokenGroup(_) => refuse(format!("activations of {scheme:?}")),
+        // The rest would have to be known before the scale is.
+        ActivationScales::PerTensor if layer.outliers().is_some() => {
+            refuse("outliers beside a scale that the batch shares".to_string())
+        }
+        _ if group_size > MAX_INT8_GROUP => refuse(format!(
+            "int8 activations with groups of {group_size}: at most {MAX_INT8_GROUP} weights may share a scale"
+        )),
+        _ => Ok(()),
     }
 }
 

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use lowbit_core::testing::{Family, LinearProblem, Promise};
 use lowbit_core::{
     ActivationScales, ActivationScheme, ActivationType, Context, Error, Granularity, Linear, Mat,
-    OutlierColumns, Outliers, QLinear, QMatrix, QuantScheme, ZeroFormat,
+    OutlierColumns, Outliers, QLinear, QMatrix, QuantScheme, ZeroFormat, presets,
 };
 use proptest::prelude::*;
 
@@ -160,6 +160,54 @@ fn without_outliers_the_layer_is_the_plain_int8_one() {
     assert_eq!(forward(&far), plain);
     let near = layer.with_outliers(Some(Outliers::Threshold(0.02))).unwrap();
     assert_ne!(forward(&near), plain);
+}
+
+/// GGUF's scales may be negative, and a restricted range leaves out a code.
+#[test]
+fn layers_of_other_systems_are_computed_too() {
+    let groups = Granularity::PerGroup(32);
+    for (scheme, fit) in [
+        presets::gguf_q4_0(),
+        presets::gguf_q5_0(),
+        presets::gguf_q8_0(),
+        presets::gptq(3, groups),
+        presets::awq_sym(4, groups),
+        presets::compressed_tensors(8, groups),
+        presets::bitsandbytes_int8(),
+    ] {
+        let w = Family::Normal.matrix(37, 70, 1);
+        let q = QMatrix::quantize_with(w.as_ref(), scheme, &fit, None).unwrap();
+        for activation in [None, Some(ActivationScheme::INT8_PER_TOKEN)] {
+            let layer = QLinear::new(q.clone()).with_activation(activation);
+            check(layer, Family::Normal.matrix(13, 70, 2));
+        }
+    }
+}
+
+#[test]
+fn what_no_kernel_computes_yet_is_an_error_when_it_is_packed() {
+    let w = Family::Normal.matrix(4, 8, 1);
+    let quantize = |scheme| QLinear::new(QMatrix::quantize(w.as_ref(), scheme).unwrap());
+    let plain = quantize(QuantScheme::symmetric(8, Granularity::PerChannel));
+    let offset = ZeroFormat::Offset(lowbit_core::ScaleFormat::F16);
+    let offset =
+        quantize(QuantScheme { zero: offset, ..QuantScheme::affine(4, Granularity::PerChannel) });
+    let with =
+        |dtype, scales| plain.clone().with_activation(Some(ActivationScheme { dtype, scales }));
+    let outliers = |layer: QLinear| layer.with_outliers(Some(Outliers::Threshold(6.0))).unwrap();
+    for layer in [
+        offset,
+        with(ActivationType::UInt8, ActivationScales::PerToken),
+        with(ActivationType::Int8, ActivationScales::PerTokenGroup(4)),
+        outliers(plain.clone()),
+        outliers(with(ActivationType::Int8, ActivationScales::PerTensor)),
+    ] {
+        let error = PackedLinear::new(&layer).unwrap_err();
+        assert!(matches!(error, Error::Unsupported { .. }), "{error}");
+    }
+    let bad = ActivationScales::Static { scale: f32::NAN, zero_point: 0 };
+    let error = PackedLinear::new(&with(ActivationType::Int8, bad)).unwrap_err();
+    assert!(matches!(error, Error::Parameter { .. }), "{error}");
 }
 
 #[test]
