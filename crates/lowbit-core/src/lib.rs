@@ -3,7 +3,7 @@
 //!
 //! ```text
 //! numbers   real = scale · (code − zero) + offset
-//! layers    y    = Q·x + bias
+//! layers    y    = Q·x + S·x + bias      Q quantized, S the outlier columns in f32
 //! letters   m tokens, n out_features, k in_features, g group_size; every matrix row-major
 //! ```
 //!
