@@ -2,7 +2,7 @@
 //! alone, so that results have the same bits for every thread count.
 
 use lowbit::{Context, MatMut, MatRef};
-use pulp::Arch;
+use pulp::{Arch, NullaryFnOnce};
 use rayon::prelude::*;
 
 /// Elements of a piece of work: long enough to be worth a task.
@@ -93,13 +93,20 @@ pub(crate) fn add(ctx: &Context, x: &mut [f32], y: &[f32]) {
 
 /// `gate = silu(gate) · up` with `silu(g) = g / (1 + exp(−g))`.
 pub(crate) fn swiglu(ctx: &Context, gate: &mut [f32], up: &[f32]) {
-    for_chunks(ctx, gate, CHUNK, |i, gate| {
-        let up = &up[i * CHUNK..];
-        Arch::new().dispatch(|| {
-            for (g, up) in gate.iter_mut().zip(up) {
+    // A struct and not a closure, whose `call_once` stays a call compiled for the oldest CPU.
+    struct Swiglu<'a>(&'a mut [f32], &'a [f32]);
+    impl NullaryFnOnce for Swiglu<'_> {
+        type Output = ();
+
+        #[inline(always)]
+        fn call(self) {
+            for (g, up) in self.0.iter_mut().zip(self.1) {
                 *g = *g / (1.0 + exp(-*g)) * up;
             }
-        });
+        }
+    }
+    for_chunks(ctx, gate, CHUNK, |i, gate| {
+        Arch::new().dispatch(Swiglu(gate, &up[i * CHUNK..]));
     });
 }
 
@@ -125,22 +132,30 @@ pub(crate) fn rope(
 
 /// `x` becomes `exp(x·scale) / Σ exp(x·scale)`.
 pub(crate) fn softmax(x: &mut [f32], scale: f32) {
-    Arch::new().dispatch(|| {
-        // In lanes too; a maximum does not depend on the order.
-        let mut lanes = [f32::NEG_INFINITY; 16];
-        let (chunks, rest) = x.as_chunks::<16>();
-        for chunk in chunks {
-            for (lane, &x) in lanes.iter_mut().zip(chunk) {
-                *lane = if x > *lane { x } else { *lane };
+    struct Softmax<'a>(&'a mut [f32], f32);
+    impl NullaryFnOnce for Softmax<'_> {
+        type Output = ();
+
+        #[inline(always)]
+        fn call(self) {
+            let Self(x, scale) = self;
+            // In lanes too; a maximum does not depend on the order.
+            let mut lanes = [f32::NEG_INFINITY; 16];
+            let (chunks, rest) = x.as_chunks::<16>();
+            for chunk in chunks {
+                for (lane, &x) in lanes.iter_mut().zip(chunk) {
+                    *lane = if x > *lane { x } else { *lane };
+                }
             }
+            let max = rest.iter().chain(&lanes).copied().fold(f32::NEG_INFINITY, f32::max);
+            for x in x.iter_mut() {
+                *x = exp((*x - max) * scale);
+            }
+            let scale = 1.0 / sum(x, |x| x);
+            x.iter_mut().for_each(|x| *x *= scale);
         }
-        let max = rest.iter().chain(&lanes).copied().fold(f32::NEG_INFINITY, f32::max);
-        for x in x.iter_mut() {
-            *x = exp((*x - max) * scale);
-        }
-        let scale = 1.0 / sum(x, |x| x);
-        x.iter_mut().for_each(|x| *x *= scale);
-    });
+    }
+    Arch::new().dispatch(Softmax(x, scale));
 }
 
 /// `y = a · bᵀ`, on the calling thread.
