@@ -14,9 +14,6 @@ use crate::{
     tile::{Int8Row, MR, NR},
 };
 
-/// Rows of activations that a task takes: enough that a panel, once in L2, is used often.
-const TASK_ROWS: usize = 72;
-
 /// Multiplications below which handing out tasks costs more than it gains.
 const PARALLEL_WORK: usize = if cfg!(test) { 1 } else { 1 << 19 };
 
@@ -85,8 +82,8 @@ impl PackedLinear {
         threads: Threads<'_>,
         known_scale: Option<f32>,
     ) -> Result<()> {
-        // One row of scratch: [scale f32][sums i32; groups][codes i8; padded k]
-        // With outliers, [x without them f32; k] behind it.
+        // One row of scratch: [codes i8; padded k][scale f32][sums i32; groups], so that the codes
+        // begin with a cache line. With outliers, [x without them f32; k] behind it.
         let (m, width, groups) = (x.rows(), self.padded_k(), self.group().1);
         let quantized = (4 + 4 * groups + width).next_multiple_of(64);
         let rest = if self.outliers().is_some() { 4 * x.cols() } else { 0 };
@@ -94,10 +91,10 @@ impl PackedLinear {
         let scratch = ctx.scratch(m * stride);
         let quantize = |row: usize, to: &mut [u8]| {
             let (to, rest) = to.split_at_mut(quantized);
-            let (scale, to) = to.split_at_mut(4);
-            let (sums, codes) = to.split_at_mut(4 * groups);
-            let codes = bytemuck::cast_slice_mut(&mut codes[..width]);
-            let sums = bytemuck::cast_slice_mut(sums);
+            let (codes, to) = to.split_at_mut(width);
+            let (scale, sums) = to.split_at_mut(4);
+            let codes = bytemuck::cast_slice_mut(codes);
+            let sums = bytemuck::cast_slice_mut(&mut sums[..4 * groups]);
             // NaN marks a row that could not be quantized.
             let x = x.row(row).unwrap_or(&[]);
             let x = match self.outliers() {
@@ -114,11 +111,11 @@ impl PackedLinear {
         threads.chunks(scratch, stride, quantize);
 
         let row = |row: usize| {
-            let (head, codes) = scratch[row * stride..][..stride].split_at(4 + 4 * groups);
-            let sums = bytemuck::cast_slice(&head[4..]);
+            let (codes, tail) = scratch[row * stride..][..stride].split_at(width);
+            let sums = bytemuck::cast_slice(&tail[4..][..4 * groups]);
             (
-                bytemuck::pod_read_unaligned::<f32>(&head[..4]),
-                Int8Row { codes: bytemuck::cast_slice(&codes[..width]), sums },
+                bytemuck::pod_read_unaligned::<f32>(&tail[..4]),
+                Int8Row { codes: bytemuck::cast_slice(codes), sums },
             )
         };
         for (r, x) in x.iter_rows().enumerate() {
@@ -243,14 +240,20 @@ impl PackedLinear {
     ) {
         let ((m, n), stride) = (y.shape(), y.row_stride());
         let y = Columns { start: y.into_data().as_mut_ptr(), stride, m, n };
-        let row_tasks = m.div_ceil(TASK_ROWS);
-        threads.each(n.div_ceil(NR) * row_tasks, |task| {
-            let (panel, first) = (task / row_tasks, task % row_tasks * TASK_ROWS);
+        let kernel = self.microkernel();
+        let (panels, row_tasks) = (n.div_ceil(NR), m.div_ceil(kernel.task_rows));
+        threads.each(panels * row_tasks, |task| {
+            let (panel, row_task) = if kernel.keeps_rows {
+                (task % panels, task / panels)
+            } else {
+                (task / row_tasks, task % row_tasks)
+            };
+            let first = row_task * kernel.task_rows;
             let cols = panel * NR..n.min(panel * NR + NR);
             let bias = self.bias().map(|bias| &bias[cols.clone()]);
-            let last = m.min(first + TASK_ROWS);
-            for row in (first..last).step_by(MR) {
-                let rows = row..last.min(row + MR);
+            let last = m.min(first + kernel.task_rows);
+            for row in (first..last).step_by(kernel.rows) {
+                let rows = row..last.min(row + kernel.rows);
                 let mut out = [[0.0; NR]; MR];
                 tile(panel, rows.clone(), &mut out[..rows.len()]);
                 for (row, out) in rows.zip(&out) {

@@ -8,7 +8,7 @@ use crate::roofline::Peak;
 pub(crate) const NR: usize = 32;
 
 /// Rows of activations that a kernel is given at most; it takes them in tiles of its own height `R`.
-pub(crate) const MR: usize = 24;
+pub(crate) const MR: usize = 32;
 
 /// How a panel holds its codes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -241,17 +241,32 @@ fn int8_rows<V: Isa<L>, const R: usize, const H: usize, const NV: usize, const L
                     V::BYTES_OFFSET
                 }
             };
-            let scales: &[[[f32; L]; NV]] = bytemuck::cast_slice(&panel.scales[g]);
-            let zeros: &[[[u8; L]; NV]] = bytemuck::cast_slice(&panel.zeros[g]);
-            for v in 0..NV {
-                let scale = isa.load_f32(&scales[h][v]);
-                let zero = isa.load_zeros(&zeros[h][v], offset);
-                for r in 0..R {
-                    total[r][v] = isa.flush(total[r][v], dots[r][v], zero, rows[r].sums[g], scale);
-                }
-            }
+            flush_group(isa, panel, (g, h, offset), rows, &dots, &mut total);
         }
         store(isa, h, &total, out);
+    }
+}
+
+/// Adds the integer sums of group `g` to the totals of the `h`th part of a panel. `offset` has been
+/// subtracted from every code.
+#[allow(clippy::needless_range_loop, reason = "as in int8_rows")]
+#[inline(always)]
+pub(crate) fn flush_group<V: Isa<L>, const R: usize, const NV: usize, const L: usize>(
+    isa: V,
+    panel: &Panel<'_>,
+    (g, h, offset): (usize, usize, i32),
+    rows: &[Int8Row<'_>; R],
+    dots: &[[V::I32; NV]; R],
+    total: &mut [[V::F32; NV]; R],
+) {
+    let scales: &[[[f32; L]; NV]] = bytemuck::cast_slice(&panel.scales[g]);
+    let zeros: &[[[u8; L]; NV]] = bytemuck::cast_slice(&panel.zeros[g]);
+    for v in 0..NV {
+        let scale = isa.load_f32(&scales[h][v]);
+        let zero = isa.load_zeros(&zeros[h][v], offset);
+        for r in 0..R {
+            total[r][v] = isa.flush(total[r][v], dots[r][v], zero, rows[r].sums[g], scale);
+        }
     }
 }
 

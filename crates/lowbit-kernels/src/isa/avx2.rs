@@ -11,6 +11,9 @@ use crate::{
 pub(super) const AVX_VNNI: Kernel = Kernel {
     name: "avx_vnni",
     is_available: || (AVX2.is_available)() && is_x86_feature_detected!("avxvnni"),
+    rows: 24,
+    task_rows: 72,
+    keeps_rows: false,
     int8: int8_vnni,
     f32,
     peak: peak_vnni,
@@ -19,6 +22,9 @@ pub(super) const AVX_VNNI: Kernel = Kernel {
 pub(super) const AVX2: Kernel = Kernel {
     name: "avx2",
     is_available: || is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma"),
+    rows: 24,
+    task_rows: 72,
+    keeps_rows: false,
     int8,
     f32,
     peak,

@@ -15,6 +15,9 @@ pub(super) const KERNEL: Kernel = Kernel {
             && is_x86_feature_detected!("avx512bw")
             && is_x86_feature_detected!("avx512vnni")
     },
+    rows: 24,
+    task_rows: 72,
+    keeps_rows: false,
     int8,
     f32,
     peak,

@@ -22,6 +22,13 @@ mod scalar;
 pub(crate) struct Kernel {
     pub(crate) name: &'static str,
     is_available: fn() -> bool,
+    /// Rows that a call takes at most, and no more than [`MR`](crate::tile::MR).
+    pub(crate) rows: usize,
+    /// Rows of a task: enough that a panel, once in L2, is used often.
+    pub(crate) task_rows: usize,
+    /// The next task takes the next panel and the same rows, which stay in L2, rather than the same
+    /// panel and the next rows.
+    pub(crate) keeps_rows: bool,
     int8: Int8Tile,
     f32: F32Tile,
     /// [`tile::peak`](crate::tile::peak)

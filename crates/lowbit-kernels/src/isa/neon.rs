@@ -12,6 +12,9 @@ use crate::{
 pub(super) const I8MM: Kernel = Kernel {
     name: "neon_i8mm",
     is_available: || (NEON.is_available)() && is_aarch64_feature_detected!("i8mm"),
+    rows: 24,
+    task_rows: 72,
+    keeps_rows: false,
     int8: int8_i8mm,
     f32,
     peak: peak_i8mm,
@@ -20,6 +23,9 @@ pub(super) const I8MM: Kernel = Kernel {
 pub(super) const DOTPROD: Kernel = Kernel {
     name: "neon_dotprod",
     is_available: || (NEON.is_available)() && is_aarch64_feature_detected!("dotprod"),
+    rows: 24,
+    task_rows: 72,
+    keeps_rows: false,
     int8: int8_dotprod,
     f32,
     peak: peak_dotprod,

@@ -6,6 +6,9 @@ use crate::tile::{self, Isa};
 pub(super) const KERNEL: Kernel = Kernel {
     name: "scalar",
     is_available: || true,
+    rows: 24,
+    task_rows: 72,
+    keeps_rows: false,
     int8: |panel, rows, out| tile::int8::<_, 1, 1, 1, 1, 4, 4, 8>(Scalar, panel, rows, out),
     peak: |peak, rounds| tile::peak(Scalar, peak, rounds),
     f32: |panel, rows, out| tile::f32::<_, 1, 1, 1, 1, 4, 4, 8>(Scalar, panel, rows, out),
