@@ -8,20 +8,21 @@
 //!   so that a token's result does not depend on its neighbours.
 //! * Outliers meet the dequantized int8 weights, as in bitsandbytes; the paper keeps f16 ones.
 
-use lowbit_core::{ActivationScheme, MatRef, Outliers, QLinear, QMatrix, Result, presets};
+use lowbit_core::{ActivationScheme, Context, MatRef, Outliers, QLinear, QMatrix, Result, presets};
 
-use crate::{Calibration, Quantizer};
+use crate::{Calibration, Needs, Plan, Quantized, Quantizer};
 
 /// LLM.int8() with outliers found at run time.
 ///
 /// # Example
 /// ```
 /// use lowbit_algorithms::{Calibration, LlmInt8, Quantizer};
-/// use lowbit_core::{Mat, Outliers};
+/// use lowbit_core::{Context, Mat, Outliers};
 ///
 /// let w = Mat::from_fn(16, 64, |r, c| ((r * 64 + c) as f32).sin());
-/// let layer = LlmInt8::default().quantize(w.as_ref(), &Calibration::new(64))?;
-/// assert_eq!(layer.outliers(), Some(&Outliers::Threshold(6.0)));
+/// let llm_int8 = LlmInt8::default();
+/// let quantized = llm_int8.quantize(w.as_ref(), &Calibration::new(64), &mut Context::new())?;
+/// assert_eq!(quantized.layer.outliers(), Some(&Outliers::Threshold(6.0)));
 /// # Ok::<(), lowbit_core::Error>(())
 /// ```
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -42,16 +43,26 @@ impl Default for LlmInt8 {
 }
 
 impl Quantizer for LlmInt8 {
-    fn quantize(&self, w: MatRef<'_, f32>, calibration: &Calibration) -> Result<QLinear> {
+    fn quantize(
+        &self,
+        w: MatRef<'_, f32>,
+        calibration: &Calibration,
+        _: &mut Context,
+    ) -> Result<Quantized> {
         calibration.check(w.cols())?;
         let (scheme, fit) = presets::bitsandbytes_int8();
         let weight = QMatrix::quantize_with(w, scheme, &fit, None)?;
-        QLinear::new(weight)
+        let layer = QLinear::new(weight)
             .with_activation(Some(ActivationScheme::INT8_PER_TOKEN))
-            .with_outliers(Some(Outliers::Threshold(self.threshold)))
+            .with_outliers(Some(Outliers::Threshold(self.threshold)))?;
+        Ok(layer.into())
     }
 
-    fn needs_calibration(&self) -> bool {
-        false
+    fn needs(&self) -> Needs {
+        Needs::Nothing
+    }
+
+    fn plan(&self, out_features: usize, in_features: usize) -> Result<Plan> {
+        Plan::of(presets::bitsandbytes_int8().0, out_features, in_features, self.needs())
     }
 }

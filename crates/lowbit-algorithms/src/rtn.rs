@@ -1,9 +1,9 @@
 //! Round to nearest: the baseline. Every weight becomes the nearest level of its block, whatever
 //! the layer's inputs are; see [`QMatrix::quantize_with`].
 
-use lowbit_core::{ActivationScheme, Fit, MatRef, QLinear, QMatrix, QuantScheme, Result};
+use lowbit_core::{ActivationScheme, Context, Fit, MatRef, QLinear, QMatrix, QuantScheme, Result};
 
-use crate::{Calibration, Quantizer};
+use crate::{Calibration, Needs, Plan, Quantized, Quantizer};
 
 /// Round to nearest (RTN).
 ///
@@ -37,13 +37,22 @@ impl Rtn {
 }
 
 impl Quantizer for Rtn {
-    fn quantize(&self, w: MatRef<'_, f32>, calibration: &Calibration) -> Result<QLinear> {
+    fn quantize(
+        &self,
+        w: MatRef<'_, f32>,
+        calibration: &Calibration,
+        _: &mut Context,
+    ) -> Result<Quantized> {
         calibration.check(w.cols())?;
         let weight = QMatrix::quantize_with(w, self.scheme, &self.fit, None)?;
-        Ok(QLinear::new(weight).with_activation(self.activation))
+        Ok(QLinear::new(weight).with_activation(self.activation).into())
     }
 
-    fn needs_calibration(&self) -> bool {
-        false
+    fn needs(&self) -> Needs {
+        Needs::Nothing
+    }
+
+    fn plan(&self, out_features: usize, in_features: usize) -> Result<Plan> {
+        Plan::of(self.scheme, out_features, in_features, self.needs())
     }
 }

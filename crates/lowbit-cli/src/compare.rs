@@ -115,7 +115,7 @@ pub(crate) fn run(options: &Options) -> Result<()> {
     let calibrations = model::calibrate(&model, options.model.as_ref(), &methods, &mut ctx)?;
     for method in methods {
         let (quantized, weight_bytes) =
-            model::quantize(&model, &checkpoint, method, &calibrations, options.kernel)
+            model::quantize(&model, &checkpoint, method, &calibrations, options.kernel, &mut ctx)
                 .context(method.name)?;
         let bar = progress(windows.predicted(), &format!("{}: loss", method.name));
         let comparison =

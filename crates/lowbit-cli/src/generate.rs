@@ -44,7 +44,7 @@ pub(crate) fn run(options: &Options) -> Result<()> {
     let mut model = Model::load(&checkpoint)?;
     if let Some(method) = options.method {
         let calibrations = model::calibrate(&model, options.model.as_ref(), &[method], &mut ctx)?;
-        (model, _) = model::quantize(&model, &checkpoint, method, &calibrations, None)?;
+        (model, _) = model::quantize(&model, &checkpoint, method, &calibrations, None, &mut ctx)?;
     }
     let sampling = Sampling {
         temperature: options.temperature,

@@ -7,7 +7,7 @@ use std::{
 
 use anyhow::{Result, anyhow};
 use clap::builder::{PossibleValue, PossibleValuesParser, TypedValueParser};
-use lowbit::{Calibration, Calibrations, Context, METHODS, Method, PackedLinear, kernels};
+use lowbit::{Calibration, Calibrations, Context, METHODS, Method, Needs, PackedLinear, kernels};
 use lowbit_lm::{Checkpoint, Model, Windows, eval};
 
 use crate::progress;
@@ -58,9 +58,11 @@ pub(crate) fn calibrate(
     methods: &[&Method],
     ctx: &mut Context,
 ) -> Result<Calibrations> {
-    if !methods.iter().any(|method| method.quantizer.needs_calibration()) {
+    let needs = methods.iter().map(|method| method.quantizer.needs()).max();
+    if needs.is_none_or(|needs| needs == Needs::Nothing) {
         return Ok(Calibrations::new());
     }
+    let second_moment = needs == Some(Needs::SecondMoment);
     let file = folder.map(|folder| folder.join("calibration.tokens"));
     let (file, tokens) = match &file {
         None => ("calibration.tokens".to_string(), CALIBRATION_TOKENS.into()),
@@ -69,7 +71,7 @@ pub(crate) fn calibrate(
     let windows = Windows::from_tokens(model.config(), &file, &tokens)?;
     let bar = progress(windows.predicted(), "calibrating");
     let calibrations =
-        eval::calibrate(model, &windows, false, ctx, |done| bar.set_position(done as u64))?;
+        eval::calibrate(model, &windows, second_moment, ctx, |done| bar.set_position(done as u64))?;
     bar.finish_and_clear();
     Ok(calibrations)
 }
@@ -81,6 +83,7 @@ pub(crate) fn quantize(
     method: &Method,
     calibrations: &Calibrations,
     kernel: Option<&str>,
+    ctx: &mut Context,
 ) -> Result<(Model, usize)> {
     let bar = progress(checkpoint.linear_names().len(), &format!("{}: quantizing", method.name));
     let mut bytes = 0;
@@ -88,7 +91,7 @@ pub(crate) fn quantize(
         let weight = layer.weight.as_ref();
         let none = || Arc::new(Calibration::new(weight.cols()));
         let calibration = calibrations.get(&layer.name).cloned().unwrap_or_else(none);
-        let q = method.quantizer.quantize(weight, &calibration)?;
+        let q = method.quantizer.quantize(weight, &calibration, ctx)?.layer;
         let q = q.with_bias(layer.bias)?;
         bytes += q.bytes();
         bar.inc(1);

@@ -224,6 +224,28 @@ impl<S: AsRef<[u8]>> QMatrix<S> {
     }
 }
 
+impl QuantScheme {
+    /// [`QMatrix::bytes`] of a `rows × cols` matrix stored this way.
+    ///
+    /// # Errors
+    /// [`Error::Bits`] and [`Error::EmptyBlock`] for an impossible scheme, [`Error::TooLarge`] for an
+    /// impossible size.
+    ///
+    /// # Example
+    /// ```
+    /// use lowbit_core::{Granularity, QuantScheme};
+    ///
+    /// let scheme = QuantScheme::symmetric(4, Granularity::PerGroup(128));
+    /// assert_eq!(scheme.bytes(4096, 4096)?, 4096 * (4096 / 2 + 32 * 2));
+    /// # Ok::<(), lowbit_core::Error>(())
+    /// ```
+    pub fn bytes(self, rows: usize, cols: usize) -> Result<usize> {
+        self.check()?;
+        let Layout { codes, scales, zeros, .. } = Layout::new(rows, cols, self)?;
+        Ok(codes + scales + zeros)
+    }
+}
+
 /// What shape and scheme say about the three buffers.
 pub(crate) struct Layout {
     pub(crate) block: (usize, usize),

@@ -35,8 +35,8 @@ fn main() -> Result<(), Box<dyn Error>> {
         println!("calibrated in {:?}", start.elapsed());
         let quantized = model.with_linears(&checkpoint, |layer| {
             let w = layer.weight.as_ref();
-            let q = method.quantizer.quantize(w, &calibration[&layer.name])?;
-            Ok(Arc::new(PackedLinear::new(&q.with_bias(layer.bias)?)?))
+            let q = method.quantizer.quantize(w, &calibration[&layer.name], ctx)?;
+            Ok(Arc::new(PackedLinear::new(&q.layer.with_bias(layer.bias)?)?))
         })?;
         let start = Instant::now();
         let comparison = baseline.compare(&quantized, ctx, |_| ())?;

@@ -95,8 +95,8 @@ pub fn perplexity(
 /// let method = Method::named("int4-g32").unwrap();
 /// let quantized = model.with_linears(&checkpoint, |layer| {
 ///     let calibration = Calibration::new(layer.weight.cols());
-///     let q = method.quantizer.quantize(layer.weight.as_ref(), &calibration)?;
-///     Ok(Arc::new(PackedLinear::new(&q.with_bias(layer.bias)?)?))
+///     let q = method.quantizer.quantize(layer.weight.as_ref(), &calibration, ctx)?;
+///     Ok(Arc::new(PackedLinear::new(&q.layer.with_bias(layer.bias)?)?))
 /// })?;
 /// println!("{:?}", baseline.compare(&quantized, ctx, |_| ())?);
 /// # Ok(())

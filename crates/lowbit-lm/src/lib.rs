@@ -31,8 +31,8 @@
 //! let method = Method::named("int4-g32").expect("a method");
 //! let quantized = model.with_linears(&checkpoint, |layer| {
 //!     let w = layer.weight.as_ref();
-//!     let q = method.quantizer.quantize(w, &calibration[&layer.name])?.with_bias(layer.bias)?;
-//!     Ok(Arc::new(PackedLinear::new(&q)?))
+//!     let q = method.quantizer.quantize(w, &calibration[&layer.name], ctx)?;
+//!     Ok(Arc::new(PackedLinear::new(&q.layer.with_bias(layer.bias)?)?))
 //! })?;
 //! let comparison = baseline.compare(&quantized, ctx, |_| ())?;
 //! let speed = measure_speed(&quantized, Duration::from_millis(300), ctx)?;

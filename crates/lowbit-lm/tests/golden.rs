@@ -218,7 +218,7 @@ fn quantized_models_rank_as_they_should() {
             let quantizer = Method::named(name).unwrap().quantizer;
             let quantized = dense.with_linears(&checkpoint, |layer| {
                 let calibration = Calibration::new(layer.weight.cols());
-                let q = quantizer.quantize(layer.weight.as_ref(), &calibration)?;
+                let q = quantizer.quantize(layer.weight.as_ref(), &calibration, ctx)?.layer;
                 Ok(Arc::new(PackedLinear::new(&q.with_bias(layer.bias)?)?))
             });
             baseline.compare(&quantized.unwrap(), ctx, |_| ()).unwrap()

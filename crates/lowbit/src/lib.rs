@@ -22,20 +22,23 @@
 //! // A weight of 3 output and 4 input features, as bytes of an f32 buffer that we own.
 //! let w = [0.1, -0.2, 0.3, -0.4, 0.5, -0.6, 0.7, -0.8, 0.9, -1.0, 1.1, -1.2];
 //! let method = Method::named("int8").unwrap();
-//! let layer = method.quantizer.quantize(MatRef::new(&w, 3, 4)?, &Calibration::new(4))?;
+//! let ctx = &mut Context::new();
+//! let w = MatRef::new(&w, 3, 4)?;
+//! let layer = method.quantizer.quantize(w, &Calibration::new(4), ctx)?.layer;
 //! assert!(layer.weight().bits_per_weight() > 8.0); // codes and scales
 //!
 //! let layer = PackedLinear::new(&layer)?;
 //! let x = [1.0, 1.0, 1.0, 1.0];
 //! let mut y = Mat::zeros(1, 3);
-//! layer.forward(MatRef::new(&x, 1, 4)?, y.as_mut(), &mut Context::new())?;
+//! layer.forward(MatRef::new(&x, 1, 4)?, y.as_mut(), ctx)?;
 //! assert!((y.data()[0] + 0.2).abs() < 0.01);
 //! # Ok::<(), lowbit::Error>(())
 //! ```
 #![forbid(unsafe_code)]
 
 pub use lowbit_algorithms::{
-    Calibration, Calibrations, LlmInt8, METHODS, Method, Quantizer, Rtn, calibrations,
+    Calibration, Calibrations, LlmInt8, METHODS, Method, Needs, Plan, Quantized, Quantizer, Report,
+    Rtn, calibrations,
 };
 #[cfg(feature = "testing")]
 pub use lowbit_core::testing;

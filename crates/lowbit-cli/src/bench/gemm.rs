@@ -3,7 +3,7 @@
 use std::{hint::black_box, io::Write, num::NonZeroUsize};
 
 use anyhow::{Result, anyhow};
-use lowbit::{Calibration, Linear, Mat, MatRef, Method, PackedLinear};
+use lowbit::{Calibration, Context, Linear, Mat, MatRef, Method, PackedLinear};
 use serde::Serialize;
 
 use super::{Times, numbers};
@@ -65,7 +65,8 @@ pub(super) fn run(options: &Options) -> Result<()> {
     })?;
     // An unknown kernel is an error before anything long begins.
     let pack = |w: MatRef<'_, f32>| -> Result<PackedLinear> {
-        let layer = method.quantizer.quantize(w, &Calibration::new(w.cols()))?;
+        let calibration = Calibration::new(w.cols());
+        let layer = method.quantizer.quantize(w, &calibration, &mut Context::new())?.layer;
         Ok(match &options.kernel {
             Some(kernel) => PackedLinear::with_kernel(&layer, kernel)?,
             None => PackedLinear::new(&layer)?,

@@ -1,0 +1,125 @@
+use lowbit_core::{Context, MatRef, QLinear, QuantScheme, Result};
+
+use crate::Calibration;
+
+/// Turns weights and statistics of their inputs into a quantized layer.
+///
+/// A pure function of its operands: any layer can be quantized anywhere, in any order, and the
+/// threads of the context do not change a bit of the result.
+///
+/// # Example
+/// ```
+/// use lowbit_algorithms::{Calibration, Needs, Quantizer, Rtn};
+/// use lowbit_core::{Context, Granularity, Mat, QuantScheme};
+///
+/// let rtn = Rtn::new(QuantScheme::symmetric(4, Granularity::PerGroup(32)));
+/// assert_eq!(rtn.needs(), Needs::Nothing);
+/// assert_eq!(rtn.plan(4096, 4096)?.bits_per_weight(), 4.5);
+///
+/// let w = Mat::from_fn(16, 64, |r, c| ((r * 64 + c) as f32).sin());
+/// let quantized = rtn.quantize(w.as_ref(), &Calibration::new(64), &mut Context::new())?;
+/// assert_eq!(quantized.layer.bytes(), rtn.plan(16, 64)?.bytes);
+/// # Ok::<(), lowbit_core::Error>(())
+/// ```
+pub trait Quantizer: Send + Sync {
+    /// Quantizes `w`, the `(out_features, in_features)` weight of a linear layer whose inputs
+    /// `calibration` has seen. The result has no bias; see [`QLinear::with_bias`].
+    ///
+    /// # Errors
+    /// [`Error::NotFinite`](lowbit_core::Error::NotFinite) at the first NaN or infinity of `w`,
+    /// [`Error::Length`](lowbit_core::Error::Length) if `calibration` is of another width, and
+    /// what the method itself documents.
+    fn quantize(
+        &self,
+        w: MatRef<'_, f32>,
+        calibration: &Calibration,
+        ctx: &mut Context,
+    ) -> Result<Quantized>;
+
+    /// Which statistics [`quantize`](Self::quantize) looks at.
+    fn needs(&self) -> Needs;
+
+    /// What quantizing an `out_features × in_features` layer will store and take.
+    ///
+    /// # Errors
+    /// Those of an impossible scheme; [`Error::TooLarge`](lowbit_core::Error::TooLarge).
+    fn plan(&self, out_features: usize, in_features: usize) -> Result<Plan>;
+}
+
+/// The statistics of a [`Calibration`] that a method looks at; each includes those before it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Needs {
+    /// None: an empty calibration of the right width will do.
+    Nothing,
+    /// Those of each channel.
+    Channels,
+    /// The second moment, [`Calibration::second_moment`].
+    SecondMoment,
+}
+
+/// A layer, and how it came about.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Quantized {
+    /// What is stored and computed with.
+    pub layer: QLinear,
+    /// What happened on the way.
+    pub report: Report,
+}
+
+impl From<QLinear> for Quantized {
+    /// Nothing happened that the layer does not say.
+    fn from(layer: QLinear) -> Self {
+        Self { layer, report: Report::default() }
+    }
+}
+
+/// What a method decided for one layer, as far as the layer itself does not say it.
+#[derive(Clone, Debug, Default, PartialEq)]
+#[non_exhaustive]
+pub struct Report {
+    /// What was added to the diagonal of the second moment, as a share of its mean.
+    pub damping: Option<f64>,
+    /// Input channels without a signal: their weights became 0.
+    pub dead_columns: usize,
+    /// Weights that are kept beside the quantized ones.
+    pub outliers: usize,
+    /// Whether the layer was rounded to nearest for want of a calibration.
+    pub fallback: bool,
+}
+
+/// What quantizing a layer will store and take, known before anything is done.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Plan {
+    /// Weights of the layer.
+    pub weights: u64,
+    /// Bytes stored for them: [`QLinear::bytes`]. An estimate where the number of outliers depends
+    /// on the weights.
+    pub bytes: usize,
+    /// Bytes of memory taken while it is quantized, the weights and the calibration not included.
+    pub memory: u64,
+    /// The statistics that are looked at.
+    pub needs: Needs,
+}
+
+impl Plan {
+    /// Of weights in `scheme` that are rounded as they come.
+    pub(crate) fn of(scheme: QuantScheme, n: usize, k: usize, needs: Needs) -> Result<Self> {
+        let bytes = scheme.bytes(n, k)?;
+        let weights = (n as u64).saturating_mul(k as u64);
+        Ok(Self { weights, bytes, memory: bytes as u64, needs })
+    }
+
+    /// Stored bits over the number of weights; 0 for a layer without any.
+    pub fn bits_per_weight(&self) -> f64 {
+        if self.weights == 0 { 0.0 } else { self.bytes as f64 * 8.0 / self.weights as f64 }
+    }
+
+    /// Bytes of the [`Calibration`] of a layer with `in_features` inputs.
+    pub fn calibration_bytes(&self, in_features: usize) -> u64 {
+        match self.needs {
+            Needs::Nothing => 0,
+            Needs::Channels => Calibration::bytes(in_features, false),
+            Needs::SecondMoment => Calibration::bytes(in_features, true),
+        }
+    }
+}
