@@ -24,6 +24,7 @@ pub struct Context {
     #[cfg(feature = "std")]
     pool: Option<Arc<ThreadPool>>,
     scratch: Vec<u8>,
+    rows: Vec<f32>,
 }
 
 /// Scratch memory starts at a multiple of this: a cache line, and the widest vector.
@@ -39,7 +40,7 @@ impl Context {
     /// included.
     #[cfg(feature = "std")]
     pub fn with_pool(pool: Arc<ThreadPool>) -> Self {
-        Self { pool: Some(pool), scratch: Vec::new() }
+        Self { pool: Some(pool), ..Self::default() }
     }
 
     /// The pool to compute on; `None` for the calling thread.
@@ -66,5 +67,19 @@ impl Context {
         let start = (self.scratch.as_ptr() as usize).next_multiple_of(ALIGN)
             - self.scratch.as_ptr() as usize;
         &mut self.scratch[start..start + len]
+    }
+
+    /// `len` numbers beside the [`scratch`](Self::scratch), with whatever an earlier call left in them, for
+    /// what must outlive a call that takes the context. Give them back by
+    /// [`give_back_rows`](Self::give_back_rows), or the next call allocates again.
+    pub fn take_rows(&mut self, len: usize) -> Vec<f32> {
+        let mut rows = core::mem::take(&mut self.rows);
+        rows.resize(len, 0.0);
+        rows
+    }
+
+    /// Keeps the memory of [`take_rows`](Self::take_rows) for the next call.
+    pub fn give_back_rows(&mut self, rows: Vec<f32>) {
+        self.rows = rows;
     }
 }

@@ -3,7 +3,8 @@
 //!
 //! ```text
 //! numbers   real = scale · (code − zero) + offset
-//! layers    y    = Q·x + S·x + bias      Q quantized, S the outlier columns in f32
+//! layers    y    = Q·T(x) + S·T(x) + B·(A·x) + bias
+//!                  Q quantized, T a transform, S outliers in f16, B·A of low rank
 //! letters   m tokens, n out_features, k in_features, g group_size; every matrix row-major
 //! ```
 //!
@@ -28,6 +29,7 @@
 extern crate alloc;
 
 mod activation;
+mod adapter;
 mod context;
 mod error;
 pub mod fake_quant;
@@ -46,20 +48,25 @@ mod scheme;
 mod simd;
 #[cfg(feature = "testing")]
 pub mod testing;
+mod transform;
 
 pub use activation::{
     ActivationScales, ActivationScheme, ActivationType, QActivations, encode_row_int8, group_sums,
     quantize_row_int8, quantize_row_uint8,
 };
+pub use adapter::Adapter;
 pub use context::Context;
 pub use error::Error;
 pub use fit::{Division, Fit, Range, SymmetricScale, presets};
 pub use linear::{Linear, QLinear, check_shapes};
+/// The 16-bit float that outlier weights are stored in.
+pub use lowbit_dtypes::f16;
 pub use mat::{Mat, MatMut, MatRef};
-pub use outliers::{OutlierColumns, Outliers};
+pub use outliers::{OutlierColumns, Outliers, SparseRows};
 pub use qmatrix::QMatrix;
 pub use rounding::Rounding;
 pub use scheme::{Granularity, Params, QuantScheme, QuantType, ScaleFormat, ZeroFormat};
+pub use transform::Transform;
 
 /// A result whose error is [`enum@Error`].
 pub type Result<T, E = Error> = core::result::Result<T, E>;

@@ -1,8 +1,8 @@
 use alloc::{vec, vec::Vec};
 
 use crate::{
-    ActivationScales, ActivationScheme, Context, Error, Mat, MatMut, MatRef, Outliers,
-    QActivations, QMatrix, Result, ZeroFormat,
+    ActivationScales, ActivationScheme, Adapter, Context, Error, Mat, MatMut, MatRef, Outliers,
+    QActivations, QMatrix, Result, Transform, ZeroFormat,
 };
 
 /// A linear layer `y = x·Wᵀ + bias`, whatever its weights are made of.
@@ -59,19 +59,55 @@ pub fn check_shapes(layer: &dyn Linear, x: MatRef<'_, f32>, y: &MatMut<'_, f32>)
 /// A quantized layer as plain data: what every algorithm produces, every file format stores and
 /// every kernel packs.
 ///
+/// ```text
+/// y = Q·T(x) + S·T(x) + B·(A·x) + bias
+/// Q weight   T transforms   S outliers   B, A adapter
+/// ```
+///
 /// Its own [`forward`](Linear::forward) is the reference: slow, in the order of the equation.
 #[derive(Clone, Debug, PartialEq)]
 pub struct QLinear<S = Vec<u8>> {
     weight: QMatrix<S>,
+    transforms: Vec<Transform>,
     activation: Option<ActivationScheme>,
     outliers: Option<Outliers>,
+    adapter: Option<Adapter>,
     bias: Option<Vec<f32>>,
 }
 
 impl<S: AsRef<[u8]>> QLinear<S> {
     /// A layer of just a weight, with f32 activations.
     pub fn new(weight: QMatrix<S>) -> Self {
-        Self { weight, activation: None, outliers: None, bias: None }
+        let (activation, outliers, adapter, bias) = (None, None, None, None);
+        Self { weight, transforms: Vec::new(), activation, outliers, adapter, bias }
+    }
+
+    /// Replaces what is done to an input before anything else, from first to last. The weight is one for
+    /// inputs so transformed: see [`Transform::apply_to_weight`].
+    ///
+    /// # Errors
+    /// Those of [`Transform::check`] for in_features.
+    ///
+    /// # Example
+    /// ```
+    /// use lowbit_core::{Context, Granularity, Linear, Mat, QLinear, QMatrix, QuantScheme, Transform};
+    ///
+    /// let mut w = Mat::from_fn(4, 64, |r, c| ((r * 64 + c) as f32).sin());
+    /// let x = Mat::from_fn(1, 64, |_, c| if c == 5 { 80.0 } else { 0.1 });
+    /// let exact: f32 = w.data()[..64].iter().zip(x.data()).map(|(w, x)| w * x).sum();
+    ///
+    /// let rotation = Transform::hadamard(64, 1);
+    /// rotation.apply_to_weight(&mut w)?;
+    /// let q = QMatrix::quantize(w.as_ref(), QuantScheme::symmetric(8, Granularity::PerChannel))?;
+    /// let layer = QLinear::new(q).with_transforms(vec![rotation])?;
+    /// let mut y = Mat::zeros(1, 4);
+    /// layer.forward(x.as_ref(), y.as_mut(), &mut Context::new())?;
+    /// assert!((y.data()[0] - exact).abs() < 0.3);
+    /// # Ok::<(), lowbit_core::Error>(())
+    /// ```
+    pub fn with_transforms(self, transforms: Vec<Transform>) -> Result<Self> {
+        transforms.iter().try_for_each(|transform| transform.check(self.weight.cols()))?;
+        Ok(Self { transforms, ..self })
     }
 
     /// Replaces the way in which inputs are quantized. Whether it has a meaning is said by
@@ -80,16 +116,32 @@ impl<S: AsRef<[u8]>> QLinear<S> {
         Self { activation, ..self }
     }
 
-    /// Replaces the features that are multiplied in f32.
+    /// Replaces the features, or the single weights, that are multiplied in f32. They count in the
+    /// order after the [transforms](Self::with_transforms).
     ///
     /// # Errors
     /// [`Error::Parameter`] for a threshold that is no positive number; [`Error::Shape`] and
-    /// [`Error::Length`] if known columns are not of this layer.
+    /// [`Error::Length`] if known columns or sparse weights are not of this layer.
     pub fn with_outliers(self, outliers: Option<Outliers>) -> Result<Self> {
         if let Some(outliers) = &outliers {
             outliers.check(self.weight.rows(), self.weight.cols())?;
         }
         Ok(Self { outliers, ..self })
+    }
+
+    /// Replaces the low-rank term, which sees the input as it comes.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] if it is not of this layer.
+    pub fn with_adapter(self, adapter: Option<Adapter>) -> Result<Self> {
+        if let Some(adapter) = &adapter {
+            let expected = (self.weight.rows(), self.weight.cols());
+            let got = (adapter.b().rows(), adapter.a().cols());
+            if expected != got {
+                return Err(Error::Shape { what: "adapter's B·A", expected, got });
+            }
+        }
+        Ok(Self { adapter, ..self })
     }
 
     /// Replaces the bias.
@@ -110,10 +162,76 @@ impl<S: AsRef<[u8]>> QLinear<S> {
         &self.weight
     }
 
-    /// Every byte that the layer's weights take where they are stored, those of known outliers
-    /// included; the bias is not among them.
+    /// Every byte that the layer's weights take where they are stored, with those of known outliers,
+    /// transforms and the adapter; the bias is not among them.
     pub fn bytes(&self) -> usize {
-        self.weight.bytes() + self.outliers.as_ref().map_or(0, Outliers::bytes)
+        self.weight.bytes()
+            + self.transforms.iter().map(Transform::bytes).sum::<usize>()
+            + self.outliers.as_ref().map_or(0, Outliers::bytes)
+            + self.adapter.as_ref().map_or(0, Adapter::bytes)
+    }
+
+    /// The `(out_features, in_features)` weight that this layer stands for in the basis of its input:
+    /// `(Q + S)·T + B·A`. Outlier columns count with their own weights; activations are not looked at.
+    ///
+    /// # Errors
+    /// None for a layer that could be built.
+    ///
+    /// # Example
+    /// ```
+    /// use lowbit_core::{Granularity, Mat, QLinear, QMatrix, QuantScheme, Transform};
+    ///
+    /// let w = Mat::new(vec![1.0, 2.0, 3.0, 4.0], 2, 2)?;
+    /// let scale = Transform::Scale(vec![2.0, 0.5]);
+    /// let mut scaled = w.clone();
+    /// scale.apply_to_weight(&mut scaled)?;
+    /// let q = QMatrix::quantize(scaled.as_ref(), QuantScheme::affine(8, Granularity::PerChannel))?;
+    /// let back = QLinear::new(q).with_transforms(vec![scale])?.effective_weight()?;
+    /// assert!(w.data().iter().zip(back.data()).all(|(w, b)| (w - b).abs() < 0.02));
+    /// # Ok::<(), lowbit_core::Error>(())
+    /// ```
+    pub fn effective_weight(&self) -> Result<Mat<f32>> {
+        let mut w = self.weight.dequantize();
+        let (n, k) = (w.rows(), w.cols());
+        match &self.outliers {
+            Some(Outliers::Columns(known)) => {
+                for (&j, column) in known.columns().iter().zip(known.weight().as_ref().iter_rows())
+                {
+                    for (w, value) in w.data_mut().iter_mut().skip(j).step_by(k).zip(column) {
+                        *w = value.to_f32();
+                    }
+                }
+            }
+            Some(Outliers::Sparse(sparse)) => {
+                for r in 0..n {
+                    for (c, value) in sparse.row(r) {
+                        w.data_mut()[r * k + c] += value;
+                    }
+                }
+            }
+            Some(Outliers::Threshold(_)) | None => {}
+        }
+        for transform in self.transforms.iter().rev() {
+            transform.undo_on_weight(&mut w)?;
+        }
+        if let Some(adapter) = &self.adapter {
+            for (w, b) in w.as_mut().iter_rows_mut().zip(adapter.b().as_ref().iter_rows()) {
+                for (a, &b) in adapter.a().as_ref().iter_rows().zip(b) {
+                    w.iter_mut().zip(a).for_each(|(w, a)| *w += b * a);
+                }
+            }
+        }
+        Ok(w)
+    }
+
+    /// What is done to an input before anything else, from first to last.
+    pub fn transforms(&self) -> &[Transform] {
+        &self.transforms
+    }
+
+    /// The low-rank term.
+    pub fn adapter(&self) -> Option<&Adapter> {
+        self.adapter.as_ref()
     }
 
     /// How inputs are quantized; `None` for f32.
@@ -121,7 +239,7 @@ impl<S: AsRef<[u8]>> QLinear<S> {
         self.activation
     }
 
-    /// The features that are multiplied in f32.
+    /// The features or single weights that are multiplied in f32.
     pub fn outliers(&self) -> Option<&Outliers> {
         self.outliers.as_ref()
     }
@@ -132,7 +250,8 @@ impl<S: AsRef<[u8]>> QLinear<S> {
     }
 }
 
-/// The reference.
+/// The reference. In what follows `x` is the input after the [`Transform`]s, each rounded to f32 as
+/// [`Transform::apply`] says.
 ///
 /// * f32 activations: `y = Σ_j w_j·x_j + bias` over the dequantized weights, summed in f64 and
 ///   rounded once.
@@ -143,8 +262,10 @@ impl<S: AsRef<[u8]>> QLinear<S> {
 ///   by it instead. The inner sums are exact integers; the outer one goes from left to right in
 ///   f32, every product and sum rounded on its own (no fused multiply-add). Kernels reproduce it bit
 ///   for bit.
-/// * [`Outliers`] count as 0 in all of this. Then, feature by feature in ascending order, `x_j·w_j` is
-///   added to y, product and sum each rounded to f32.
+/// * [`Outliers`] that are features count as 0 in all of this. Then, feature by feature in ascending
+///   order, `x_j·w_j` is added to y, product and sum each rounded to f32. Single weights are added
+///   likewise, and nothing counts as 0 for them.
+/// * At last the [`Adapter`] adds its term, from the input before the transforms.
 /// * Other activations (floats), or weights with real zeros or offsets: as f32 activations, over
 ///   the dequantized activations.
 impl<S: AsRef<[u8]> + Send + Sync> Linear for QLinear<S> {
@@ -161,6 +282,9 @@ impl<S: AsRef<[u8]> + Send + Sync> Linear for QLinear<S> {
         if x.rows() == 0 || self.out_features() == 0 {
             return Ok(());
         }
+        let input = x;
+        let transformed = self.transform(x)?;
+        let x = transformed.as_ref().map_or(x, Mat::as_ref);
         let rest = self.outliers.as_ref().map(|outliers| {
             Mat::from_fn(x.rows(), x.cols(), |r, c| match x.get(r, c) {
                 // What is not finite stays, to be refused.
@@ -178,14 +302,39 @@ impl<S: AsRef<[u8]> + Send + Sync> Linear for QLinear<S> {
             }
             Some(a) => self.forward_f64(a.dequantize().as_ref(), &mut y),
         }
-        if let Some(outliers) = &self.outliers {
-            self.add_outliers(outliers, all, &mut y);
+        match &self.outliers {
+            Some(Outliers::Sparse(sparse)) => sparse.add(all, y.reborrow())?,
+            Some(outliers) => self.add_outliers(outliers, all, &mut y),
+            None => {}
         }
-        Ok(())
+        match &self.adapter {
+            Some(adapter) => adapter.add(input, y),
+            None => Ok(()),
+        }
     }
 }
 
 impl<S: AsRef<[u8]>> QLinear<S> {
+    /// `T(x)`; `None` if that is `x`.
+    fn transform(&self, x: MatRef<'_, f32>) -> Result<Option<Mat<f32>>> {
+        if self.transforms.is_empty() {
+            return Ok(None);
+        }
+        let mut to = Mat::zeros(x.rows(), x.cols());
+        let mut spare = vec![0.0; x.cols()];
+        for (row, (to, x)) in to.as_mut().iter_rows_mut().zip(x.iter_rows()).enumerate() {
+            // Behind a transform, its place in the input would be unknown.
+            if let Some(col) = x.iter().position(|x| !x.is_finite() && self.activation.is_some()) {
+                return Err(Error::NotFinite { what: "activation", row, col });
+            }
+            to.copy_from_slice(x);
+            for transform in &self.transforms {
+                transform.apply(to, &mut spare)?;
+            }
+        }
+        Ok(Some(to))
+    }
+
     fn has_integer_zeros(&self) -> bool {
         matches!(self.weight.scheme().zero, ZeroFormat::Midpoint | ZeroFormat::Int)
     }
@@ -194,17 +343,19 @@ impl<S: AsRef<[u8]>> QLinear<S> {
         let w = self.weight.dequantize();
         let known = match outliers {
             Outliers::Columns(known) => Some(known),
-            Outliers::Threshold(_) => None,
+            _ => None,
         };
         for (x, y) in x.iter_rows().zip(y.iter_rows_mut()) {
             for (j, &x) in x.iter().enumerate().filter(|(j, x)| outliers.contains(*j, **x)) {
                 let row = known.and_then(|known| known.columns().binary_search(&j).ok());
                 for (i, y) in y.iter_mut().enumerate() {
                     let w = match (known, row) {
-                        (Some(known), Some(row)) => known.weight().as_ref().get(row, i),
-                        _ => w.as_ref().get(i, j),
+                        (Some(known), Some(row)) => {
+                            known.weight().as_ref().get(row, i).map(|w| w.to_f32())
+                        }
+                        _ => w.as_ref().get(i, j).copied(),
                     };
-                    *y += x * w.copied().unwrap_or_default();
+                    *y += x * w.unwrap_or_default();
                 }
             }
         }

@@ -1,13 +1,18 @@
 use alloc::vec::Vec;
 
-use crate::{Error, Mat, Result};
+use lowbit_dtypes::f16;
 
-/// Input features that a layer multiplies in f32, beside its integer product: a few features of
-/// large language models are so large that int8 codes on one scale lose all others.
+use crate::{Error, Mat, MatMut, MatRef, Result};
+
+/// What a layer multiplies in f32 beside its quantized product: whole input features, or single
+/// weights.
 ///
-/// Dettmers et al., "LLM.int8()", arXiv:2208.07339, section 3.2. There a feature that is large in one
-/// token is taken out of all tokens of the batch; here each token decides for itself, so that its
-/// result does not depend on the batch.
+/// Features: a few of them are so large in large language models that int8 codes on one scale lose all
+/// others. Dettmers et al., "LLM.int8()", arXiv:2208.07339, section 3.2. There a feature that is large
+/// in one token is taken out of all tokens of the batch; here each token decides for itself, so that
+/// its result does not depend on the batch.
+///
+/// Single weights: what quantization would lose most by, arXiv:2306.03078 (SpQR). See [`SparseRows`].
 ///
 /// # Example
 /// ```
@@ -39,16 +44,18 @@ pub enum Outliers {
     Threshold(f32),
     /// Known features, by weights of their own.
     Columns(OutlierColumns),
+    /// Single weights, added to the quantized ones.
+    Sparse(SparseRows),
 }
 
-/// Known outlier features and their weights, which need not be quantized.
+/// Known outlier features and their weights in f16.
 ///
 /// # Example
 /// ```
-/// use lowbit_core::{Mat, OutlierColumns};
+/// use lowbit_core::{Mat, OutlierColumns, f16};
 ///
 /// // Features 3 and 17 of a layer with two outputs.
-/// let weight = Mat::new(vec![0.1, 0.2, -0.3, 0.4], 2, 2)?;
+/// let weight = Mat::new([0.1, 0.2, -0.3, 0.4].map(f16::from_f32).to_vec(), 2, 2)?;
 /// let columns = OutlierColumns::new(vec![3, 17], weight)?;
 /// assert_eq!(columns.columns(), [3, 17]);
 /// # Ok::<(), lowbit_core::Error>(())
@@ -56,7 +63,7 @@ pub enum Outliers {
 #[derive(Clone, Debug, PartialEq)]
 pub struct OutlierColumns {
     columns: Vec<usize>,
-    weight: Mat<f32>,
+    weight: Mat<f16>,
 }
 
 impl OutlierColumns {
@@ -66,7 +73,7 @@ impl OutlierColumns {
     /// [`Error::Shape`] if `weight` does not have a row for each column, [`Error::Parameter`] at the
     /// first column that is not larger than the one before it, [`Error::NotFinite`] at the first NaN
     /// or infinity.
-    pub fn new(columns: Vec<usize>, weight: Mat<f32>) -> Result<Self> {
+    pub fn new(columns: Vec<usize>, weight: Mat<f16>) -> Result<Self> {
         let (expected, got) = ((columns.len(), weight.cols()), (weight.rows(), weight.cols()));
         if expected != got {
             return Err(Error::Shape { what: "outlier weights", expected, got });
@@ -89,8 +96,154 @@ impl OutlierColumns {
     }
 
     /// Their weights, `(columns, out_features)`.
-    pub fn weight(&self) -> &Mat<f32> {
+    pub fn weight(&self) -> &Mat<f16> {
         &self.weight
+    }
+}
+
+/// Single weights in f16, row by row (compressed sparse rows): the matrix `S` of `y = Q·T(x) + S·T(x)`.
+///
+/// They are added: where `S` has a value, the weight is the sum of it and of the quantized one, which
+/// stays what its code says. Whoever keeps a weight `w` exactly stores `w − ŵ` (SpQR's CUDA kernel adds
+/// too, its other loader replaces; see section 4 of arXiv:2306.03078).
+///
+/// # Example
+/// ```
+/// use lowbit_core::{Mat, SparseRows, f16};
+///
+/// // ( 0  0  0.5 )
+/// // ( 0  0   0  )
+/// // (-2  0  0.25)
+/// let values = [0.5, -2.0, 0.25].map(f16::from_f32).to_vec();
+/// let s = SparseRows::new(3, 3, vec![0, 1, 1, 3], vec![2, 0, 2], values)?;
+///
+/// let mut y = Mat::zeros(1, 3);
+/// s.add(Mat::new(vec![1.0, 9.0, 4.0], 1, 3)?.as_ref(), y.as_mut())?;
+/// assert_eq!(y.data(), [2.0, 0.0, -1.0]);
+/// # Ok::<(), lowbit_core::Error>(())
+/// ```
+#[derive(Clone, Debug, PartialEq)]
+pub struct SparseRows {
+    cols: usize,
+    starts: Vec<u32>,
+    columns: Vec<u32>,
+    values: Vec<f16>,
+}
+
+impl SparseRows {
+    /// A `(rows, cols)` matrix whose row `r` has the entries `starts[r]..starts[r + 1]` of `columns`,
+    /// ascending within a row, and `values`.
+    ///
+    /// # Errors
+    /// [`Error::Length`] if `starts` has not `rows + 1` elements, or `columns` and `values` not as many as
+    /// its last one says; [`Error::Parameter`] if it does not begin with 0 or falls, and at the first column
+    /// that is not below `cols` or not larger than the one before it in its row; [`Error::NotFinite`] at
+    /// the first NaN or infinity.
+    pub fn new(
+        rows: usize,
+        cols: usize,
+        starts: Vec<u32>,
+        columns: Vec<u32>,
+        values: Vec<f16>,
+    ) -> Result<Self> {
+        let length = |what, expected, got| Err(Error::Length { what, expected, got });
+        if starts.len() != rows.saturating_add(1) {
+            return length("starts of sparse rows", rows.saturating_add(1), starts.len());
+        }
+        let ascending = starts.windows(2).find(|pair| pair[0] > pair[1]).map(|pair| pair[1]);
+        if let Some(start) = ascending.or(starts.first().copied().filter(|&first| first != 0)) {
+            let (what, expected) = ("start of a sparse row", "0, then never less than before");
+            return Err(Error::Parameter { what, value: f64::from(start), expected });
+        }
+        let entries = starts.last().map_or(0, |&last| last as usize);
+        for (what, got) in
+            [("columns of sparse rows", columns.len()), ("values of sparse rows", values.len())]
+        {
+            if got != entries {
+                return length(what, entries, got);
+            }
+        }
+        for (row, ends) in starts.windows(2).enumerate() {
+            let (start, end) = (ends[0] as usize, ends[1] as usize);
+            let entries = columns[start..end].iter().zip(&values[start..end]);
+            let mut least = 0;
+            for (&column, value) in entries {
+                if (column as usize) < least || column as usize >= cols {
+                    let (what, value) = ("column of a sparse weight", f64::from(column));
+                    let expected = "less than in_features and more than the column before it";
+                    return Err(Error::Parameter { what, value, expected });
+                }
+                if !value.is_finite() {
+                    let (what, col) = ("sparse weight", column as usize);
+                    return Err(Error::NotFinite { what, row, col });
+                }
+                least = column as usize + 1;
+            }
+        }
+        Ok(Self { cols, starts, columns, values })
+    }
+
+    /// `(rows, cols)`: out_features and in_features.
+    pub fn shape(&self) -> (usize, usize) {
+        (self.starts.len() - 1, self.cols)
+    }
+
+    /// Where each row begins among the entries, and at last how many there are.
+    pub fn starts(&self) -> &[u32] {
+        &self.starts
+    }
+
+    /// The columns of all entries.
+    pub fn columns(&self) -> &[u32] {
+        &self.columns
+    }
+
+    /// The values of all entries.
+    pub fn values(&self) -> &[f16] {
+        &self.values
+    }
+
+    /// The columns and values of row `r`; none behind the last one.
+    pub fn row(&self, r: usize) -> impl ExactSizeIterator<Item = (usize, f32)> {
+        let at = |r: usize| self.starts.get(r).map_or(self.columns.len(), |&start| start as usize);
+        let range = at(r)..at(r.saturating_add(1));
+        let entries = self.columns[range.clone()].iter().zip(&self.values[range]);
+        entries.map(|(&column, value)| (column as usize, value.to_f32()))
+    }
+
+    /// Adds `S·x` to each row of `y`: entry by entry from left to right, product and sum each rounded to
+    /// f32.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] if `x` is not `(m, cols)` or `y` not `(m, rows)`.
+    ///
+    /// # Example
+    /// See the [type](Self).
+    pub fn add(&self, x: MatRef<'_, f32>, mut y: MatMut<'_, f32>) -> Result<()> {
+        let (rows, cols) = self.shape();
+        let m = x.rows();
+        for (what, expected, got) in
+            [("input", (m, cols), x.shape()), ("output", (m, rows), y.shape())]
+        {
+            if expected != got {
+                return Err(Error::Shape { what, expected, got });
+            }
+        }
+        for (x, y) in x.iter_rows().zip(y.iter_rows_mut()) {
+            for (r, y) in y.iter_mut().enumerate() {
+                for (column, value) in self.row(r) {
+                    *y += x[column] * value;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Bytes stored: 2 for each value, 2 for each column in rows of up to 65,536 features (4 beyond), 4
+    /// for each row and 4 more.
+    pub fn bytes(&self) -> usize {
+        let column = if self.cols <= 1 << 16 { 2 } else { 4 };
+        (2 + column) * self.values.len() + 4 * self.starts.len()
     }
 }
 
@@ -114,22 +267,30 @@ impl Outliers {
                     _ => Ok(()),
                 }
             }
+            Self::Sparse(sparse) if sparse.shape() != (n, k) => {
+                Err(Error::Shape { what: "sparse weights", expected: (n, k), got: sparse.shape() })
+            }
+            Self::Sparse(_) => Ok(()),
         }
     }
 
-    /// Is feature `j` of a token with value `x` one of them?
+    /// Is feature `j` of a token with value `x` taken out of the quantized product? (For single weights
+    /// none is.)
     pub fn contains(&self, j: usize, x: f32) -> bool {
         match self {
             Self::Threshold(threshold) => x.abs() >= *threshold,
             Self::Columns(known) => known.columns.binary_search(&j).is_ok(),
+            Self::Sparse(_) => false,
         }
     }
 
-    /// Bytes stored: an index of 4 bytes and a weight of 4 for each output, for each known feature.
+    /// Bytes stored: for each known feature an index of 4 bytes and 2 for each output;
+    /// [`SparseRows::bytes`] for single weights.
     pub fn bytes(&self) -> usize {
         match self {
             Self::Threshold(_) => 0,
-            Self::Columns(known) => 4 * (known.columns.len() + known.weight.data().len()),
+            Self::Columns(known) => 4 * known.columns.len() + 2 * known.weight.data().len(),
+            Self::Sparse(sparse) => sparse.bytes(),
         }
     }
 }

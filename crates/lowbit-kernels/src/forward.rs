@@ -26,7 +26,7 @@ impl Linear for PackedLinear {
         self.shape().0
     }
 
-    fn forward(&self, x: MatRef<'_, f32>, y: MatMut<'_, f32>, ctx: &mut Context) -> Result<()> {
+    fn forward(&self, x: MatRef<'_, f32>, mut y: MatMut<'_, f32>, ctx: &mut Context) -> Result<()> {
         check_shapes(self, x, &y)?;
         let (n, k) = self.shape();
         if x.rows() == 0 || n == 0 {
@@ -35,21 +35,70 @@ impl Linear for PackedLinear {
         let work = x.rows().saturating_mul(n).saturating_mul(k);
         let pool = ctx.pool().filter(|_| work >= PARALLEL_WORK).cloned();
         let threads = Threads(pool.as_deref());
+        if self.transforms().is_empty() {
+            self.multiply(x, y.reborrow(), ctx, threads)?;
+        } else {
+            // [T(x); m, k][spare; m, k], or pairs of rows
+            let mut rows = ctx.take_rows(2 * x.rows() * k);
+            let result = self.transform(x, &mut rows, threads).and_then(|()| {
+                let transformed = MatRef::with_row_stride(&rows, x.rows(), k, 2 * k)?;
+                self.multiply(transformed, y.reborrow(), ctx, threads)
+            });
+            ctx.give_back_rows(rows);
+            result?;
+        }
+        match self.adapter() {
+            Some(adapter) => add_rows(x, y, threads, |x, y| adapter.add(x, y)),
+            None => Ok(()),
+        }
+    }
+}
+
+impl PackedLinear {
+    /// Writes `T(x)` to the first half of each `2·k` numbers of `to`.
+    fn transform(&self, x: MatRef<'_, f32>, to: &mut [f32], threads: Threads<'_>) -> Result<()> {
+        for (row, x) in x.iter_rows().enumerate().filter(|_| self.activation().is_some()) {
+            // Behind a transform, its place in the input would be unknown.
+            if let Some(col) = x.iter().position(|x| !x.is_finite()) {
+                return Err(Error::NotFinite { what: "activation", row, col });
+            }
+        }
+        threads.chunks(to, 2 * x.cols(), |row, to| {
+            let (to, spare) = to.split_at_mut(x.cols());
+            to.copy_from_slice(x.row(row).unwrap_or(&[]));
+            for transform in self.transforms() {
+                // Packing has seen that it is of this width.
+                let _ = transform.apply(to, spare);
+            }
+        });
+        Ok(())
+    }
+
+    /// `y = Q·x + S·x + bias`.
+    fn multiply(
+        &self,
+        x: MatRef<'_, f32>,
+        mut y: MatMut<'_, f32>,
+        ctx: &mut Context,
+        threads: Threads<'_>,
+    ) -> Result<()> {
         match self.activation() {
-            None => self.forward_f32(x, y, ctx, threads),
+            None => self.forward_f32(x, y.reborrow(), ctx, threads)?,
             Some(scheme) => {
                 let scale = match scheme.scales {
                     ActivationScales::Static { scale, .. } => Some(scale),
                     ActivationScales::PerTensor => Some(tensor_scale(scheme.dtype, x)?),
                     _ => None,
                 };
-                self.forward_int8(x, y, ctx, threads, scale)
+                self.forward_int8(x, y.reborrow(), ctx, threads, scale)?;
             }
         }
+        match self.sparse() {
+            Some(sparse) => add_rows(x, y, threads, |x, y| sparse.add(x, y)),
+            None => Ok(()),
+        }
     }
-}
 
-impl PackedLinear {
     fn forward_f32(
         &self,
         x: MatRef<'_, f32>,
@@ -86,7 +135,7 @@ impl PackedLinear {
         // begin with a cache line. With outliers, [x without them f32; k] behind it.
         let (m, width, groups) = (x.rows(), self.padded_k(), self.group().1);
         let quantized = (4 + 4 * groups + width).next_multiple_of(64);
-        let rest = if self.outliers().is_some() { 4 * x.cols() } else { 0 };
+        let rest = if self.outlier_features().is_some() { 4 * x.cols() } else { 0 };
         let stride = quantized + rest.next_multiple_of(64);
         let scratch = ctx.scratch(m * stride);
         let quantize = |row: usize, to: &mut [u8]| {
@@ -97,7 +146,7 @@ impl PackedLinear {
             let sums = bytemuck::cast_slice_mut(&mut sums[..4 * groups]);
             // NaN marks a row that could not be quantized.
             let x = x.row(row).unwrap_or(&[]);
-            let x = match self.outliers() {
+            let x = match self.outlier_features() {
                 None => x,
                 Some(outliers) => {
                     let rest = bytemuck::cast_slice_mut(&mut rest[..4 * x.len()]);
@@ -138,7 +187,7 @@ impl PackedLinear {
                 }
             }
         });
-        if let Some(outliers) = self.outliers() {
+        if let Some(outliers) = self.outlier_features() {
             self.add_outliers(outliers, x, y, ctx, threads);
         }
         Ok(())
@@ -178,9 +227,8 @@ impl PackedLinear {
             for (j, w) in marked.by_ref().take(BATCH).zip(w.chunks_mut(n)) {
                 match outliers {
                     Outliers::Columns(known) => {
-                        if let Some(row) = known.weight().as_ref().row(index) {
-                            w.copy_from_slice(row);
-                        }
+                        let row = known.weight().as_ref().row(index).unwrap_or(&[]);
+                        w.iter_mut().zip(row).for_each(|(w, value)| *w = value.to_f32());
                     }
                     _ => self.column(j, w),
                 }
@@ -276,6 +324,23 @@ impl PackedLinear {
             }
         });
     }
+}
+
+/// Calls `add` with each row of `x` and of `y`.
+fn add_rows(
+    x: MatRef<'_, f32>,
+    y: MatMut<'_, f32>,
+    threads: Threads<'_>,
+    add: impl Fn(MatRef<'_, f32>, MatMut<'_, f32>) -> Result<()> + Sync,
+) -> Result<()> {
+    let ((m, n), stride) = (y.shape(), y.row_stride());
+    threads.chunks(y.into_data(), stride, |row, y| {
+        let Some(x) = x.sub_rows(row..row + 1).filter(|_| row < m) else { return };
+        if let Ok(y) = MatMut::new(&mut y[..n], 1, n) {
+            let _ = add(x, y); // shapes have been checked
+        }
+    });
+    Ok(())
 }
 
 /// The scale that all rows share. With outliers, packing has refused this.

@@ -1,6 +1,6 @@
 use lowbit_core::{
-    ActivationScales, ActivationScheme, ActivationType, Error, Outliers, QLinear, Result,
-    ZeroFormat,
+    ActivationScales, ActivationScheme, ActivationType, Adapter, Error, Outliers, QLinear, Result,
+    SparseRows, Transform, ZeroFormat,
 };
 
 use crate::{
@@ -32,8 +32,10 @@ pub struct PackedLinear {
     n: usize,
     k: usize,
     kernel: &'static Kernel,
+    transforms: Vec<Transform>,
     activation: Option<ActivationScheme>,
     outliers: Option<Outliers>,
+    adapter: Option<Adapter>,
     bias: Option<Vec<f32>>,
     storage: Storage,
     /// Input features of a full group, and how many groups a row has.
@@ -78,8 +80,8 @@ impl PackedLinear {
     /// [`Error::Unsupported`] if there is no such kernel or this CPU lacks its instructions, or if no
     /// kernel computes such a layer yet: zeros that are real numbers or offsets, activations in other
     /// than f32 or int8 or with scales for groups of a token, int8 activations with a group of more
-    /// than 66,311 weights (whose sum might overflow), outliers beside f32 activations or beside a
-    /// scale that the batch shares.
+    /// than 66,311 weights (whose sum might overflow), outlier features beside f32 activations or beside
+    /// a scale that the batch shares.
     pub fn with_kernel<S: AsRef<[u8]>>(layer: &QLinear<S>, name: &str) -> Result<Self> {
         Self::pack(layer, isa::named(name)?)
     }
@@ -100,8 +102,10 @@ impl PackedLinear {
             n,
             k,
             kernel,
+            transforms: layer.transforms().to_vec(),
             activation: layer.activation(),
             outliers: layer.outliers().cloned(),
+            adapter: layer.adapter().cloned(),
             bias: layer.bias().map(<[f32]>::to_vec),
             storage,
             group: (group_size, groups),
@@ -152,8 +156,24 @@ impl PackedLinear {
         self.activation
     }
 
-    pub(crate) fn outliers(&self) -> Option<&Outliers> {
-        self.outliers.as_ref()
+    pub(crate) fn transforms(&self) -> &[Transform] {
+        &self.transforms
+    }
+
+    pub(crate) fn adapter(&self) -> Option<&Adapter> {
+        self.adapter.as_ref()
+    }
+
+    pub(crate) fn sparse(&self) -> Option<&SparseRows> {
+        match &self.outliers {
+            Some(Outliers::Sparse(sparse)) => Some(sparse),
+            _ => None,
+        }
+    }
+
+    /// Features that are taken out of the quantized product.
+    pub(crate) fn outlier_features(&self) -> Option<&Outliers> {
+        self.outliers.as_ref().filter(|outliers| !matches!(outliers, Outliers::Sparse(_)))
     }
 
     /// The dequantized weights of input feature `j`, one for each output: `Params::level`.
@@ -215,14 +235,15 @@ fn check_supported<S: AsRef<[u8]>>(layer: &QLinear<S>) -> Result<()> {
     if !matches!(weight.scheme().zero, ZeroFormat::Midpoint | ZeroFormat::Int) {
         return refuse(format!("zeros stored as {:?}", weight.scheme().zero));
     }
-    match layer.outliers() {
-        None | Some(Outliers::Threshold(_) | Outliers::Columns(_)) => {}
+    let features = match layer.outliers() {
+        None | Some(Outliers::Sparse(_)) => false,
+        Some(Outliers::Threshold(_) | Outliers::Columns(_)) => true,
         Some(other) => return refuse(format!("outliers found by {other:?}")),
-    }
+    };
     let Some(scheme) = layer.activation() else {
-        return match layer.outliers() {
-            None => Ok(()),
-            Some(_) => refuse("outliers beside f32 activations".to_string()),
+        return match features {
+            false => Ok(()),
+            true => refuse("outlier features beside f32 activations".to_string()),
         };
     };
     scheme.check()?;
@@ -231,8 +252,8 @@ fn check_supported<S: AsRef<[u8]>>(layer: &QLinear<S>) -> Result<()> {
         _ if scheme.dtype != ActivationType::Int8 => refuse(format!("activations of {scheme:?}")),
         ActivationScales::PerTokenGroup(_) => refuse(format!("activations of {scheme:?}")),
         // The rest would have to be known before the scale is.
-        ActivationScales::PerTensor if layer.outliers().is_some() => {
-            refuse("outliers beside a scale that the batch shares".to_string())
+        ActivationScales::PerTensor if features => {
+            refuse("outlier features beside a scale that the batch shares".to_string())
         }
         _ if group_size > MAX_INT8_GROUP => refuse(format!(
             "int8 activations with groups of {group_size}: at most {MAX_INT8_GROUP} weights may share a scale"

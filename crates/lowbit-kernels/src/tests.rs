@@ -4,8 +4,9 @@ use std::sync::Arc;
 
 use lowbit_core::testing::{Family, LinearProblem, Promise};
 use lowbit_core::{
-    ActivationScales, ActivationScheme, ActivationType, Context, Error, Granularity, Linear, Mat,
-    OutlierColumns, Outliers, QLinear, QMatrix, QuantScheme, ZeroFormat, presets,
+    ActivationScales, ActivationScheme, ActivationType, Adapter, Context, Error, Granularity,
+    Linear, Mat, OutlierColumns, Outliers, QLinear, QMatrix, QuantScheme, SparseRows, Transform,
+    ZeroFormat, f16, presets,
 };
 use proptest::prelude::*;
 
@@ -134,9 +135,54 @@ proptest! {
         check(layer.clone().with_outliers(Some(dynamic)).unwrap(), x.clone());
 
         let columns: Vec<_> = known.into_iter().filter(|&j| j < k).collect();
-        let w = Mat::from_fn(columns.len(), n, |r, c| ((r * 70 + c) as f32).sin());
+        let w =
+            Mat::from_fn(columns.len(), n, |r, c| f16::from_f32(((r * 70 + c) as f32).sin()));
         let known = Outliers::Columns(OutlierColumns::new(columns, w).unwrap());
         check(layer.with_outliers(Some(known)).unwrap(), x);
+    }
+
+    /// The same bits with int8 activations; with f32 ones a sum of so few products is within 1e-4.
+    #[test]
+    fn every_term_of_the_layer_is_computed_as_the_reference_does(
+        (m, n, k) in (0..5_usize, 0..70_usize, 0..90_usize),
+        scheme in scheme(),
+        order in any::<[bool; 3]>(),
+        per_row in 0..4_usize,
+        rank in 0..4_usize,
+        bias in any::<bool>(),
+        seed in any::<u64>(),
+    ) {
+        let activation = Some(ActivationScheme::INT8_PER_TOKEN);
+        let problem = Problem { m, n, k, scheme, activation, bias, extreme: false, seed };
+        let (layer, x) = (problem.layer(), problem.input());
+        let transforms = [
+            Transform::Scale((0..k).map(|j| 0.5 + (j % 5) as f32).collect()),
+            Transform::Permute((0..k as u32).rev().collect()),
+            Transform::hadamard(k, seed),
+        ];
+        let transforms = transforms.into_iter().zip(order).filter_map(|(t, used)| used.then_some(t));
+        let entries = per_row.min(k) as u32;
+        let values = vec![f16::from_f32(0.37); n * entries as usize];
+        let columns = (0..n as u32).flat_map(|_| 0..entries).collect();
+        let starts = (0..=n as u32).map(|r| r * entries).collect();
+        let sparse = SparseRows::new(n, k, starts, columns, values).unwrap();
+        let wave = |r, c| ((r * 31 + c) as f32).sin();
+        let adapter = Adapter::new(Mat::from_fn(rank, k, wave), Mat::from_fn(n, rank, wave));
+        let layer = layer
+            .with_transforms(transforms.collect())
+            .and_then(|layer| layer.with_outliers(Some(Outliers::Sparse(sparse))))
+            .and_then(|layer| layer.with_adapter(Some(adapter.unwrap())))
+            .unwrap();
+        check(layer.clone(), x.clone());
+
+        let layer = layer.with_activation(None);
+        let (mut expected, mut y) = (Mat::zeros(m, n), Mat::zeros(m, n));
+        layer.forward(x.as_ref(), expected.as_mut(), &mut Context::new()).unwrap();
+        let packed = PackedLinear::new(&layer).unwrap();
+        packed.forward(x.as_ref(), y.as_mut(), &mut Context::new()).unwrap();
+        for (y, expected) in y.data().iter().zip(expected.data()) {
+            prop_assert!((y - expected).abs() < 1e-4 * (1.0 + expected.abs()), "{} {}", y, expected);
+        }
     }
 }
 
