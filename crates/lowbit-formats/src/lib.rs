@@ -1,6 +1,6 @@
 //! Checkpoint containers, read without copying.
 //!
-//! A container turns the bytes of its files, which the caller owns (read, mapped or built into the
+//! A container ([`Safetensors`], [`Sharded`], [`gguf::Gguf`]) turns the bytes of its files, which the caller owns (read, mapped or built into the
 //! program), into named tensors: [`TensorSource`]. Nothing is copied and no alignment is assumed;
 //! [`TensorView::to_f32`] converts.
 //!
@@ -22,6 +22,7 @@
 #![forbid(unsafe_code)]
 
 mod error;
+pub mod gguf;
 mod safetensors;
 mod sharded;
 mod source;

@@ -1,12 +1,17 @@
 use std::fmt;
 
 use half::{bf16, f16};
+use lowbit_dtypes::Format;
 
-use crate::{Error, Result};
+use crate::{
+    Error, Result,
+    gguf::{self, GgmlType},
+};
 
 /// Named tensors, wherever they are stored.
 ///
-/// See [`Safetensors`](crate::Safetensors) and [`Sharded`](crate::Sharded).
+/// See [`Safetensors`](crate::Safetensors), [`Sharded`](crate::Sharded) and
+/// [`Gguf`](crate::gguf::Gguf).
 pub trait TensorSource {
     /// The names of all tensors, sorted.
     fn names(&self) -> Vec<&str>;
@@ -28,8 +33,67 @@ pub enum Dtype {
     F16,
     /// The upper half of an F32.
     Bf16,
-    /// A type that no weight has, under its name in the file.
+    /// Signed bytes.
+    I8,
+    /// Bytes, often of packed codes.
+    U8,
+    /// Signed words, often of packed codes.
+    I32,
+    /// Signed double words.
+    I64,
+    /// [`Format::F8E4M3`].
+    F8E4M3,
+    /// [`Format::F8E5M2`].
+    F8E5M2,
+    /// [`Format::F8E8M0`].
+    F8E8M0,
+    /// A block format of ggml, or an unknown type in a GGUF file.
+    Ggml(GgmlType),
+    /// Another type, under its name in the file.
     Other(&'static str),
+}
+
+impl Dtype {
+    /// Elements and bytes of the smallest unit that is stored; `None` for types of unknown size.
+    ///
+    /// # Example
+    /// ```
+    /// use lowbit_formats::{Dtype, gguf::GgmlType};
+    ///
+    /// assert_eq!(Dtype::F16.block(), Some((1, 2)));
+    /// assert_eq!(Dtype::Ggml(GgmlType::Q4_0).block(), Some((32, 18)));
+    /// ```
+    pub fn block(self) -> Option<(usize, usize)> {
+        Some(match self {
+            Self::F32 | Self::I32 => (1, 4),
+            Self::F16 | Self::Bf16 => (1, 2),
+            Self::I8 | Self::U8 | Self::F8E4M3 | Self::F8E5M2 | Self::F8E8M0 => (1, 1),
+            Self::I64 => (1, 8),
+            Self::Ggml(dtype) => return dtype.block(),
+            Self::Other("BOOL") => (1, 1),
+            Self::Other("I16" | "U16") => (1, 2),
+            Self::Other("U32") => (1, 4),
+            Self::Other("F64" | "U64" | "C64") => (1, 8),
+            Self::Other(_) => return None,
+        })
+    }
+
+    /// Bytes of a tensor of `shape`; `None` for types of unknown size, a reason if there is no such
+    /// tensor.
+    pub(crate) fn tensor_len(self, shape: &[usize]) -> Result<Option<usize>, String> {
+        let Some((weights, bytes)) = self.block() else { return Ok(None) };
+        let row = shape.last().copied().unwrap_or(1);
+        if !row.is_multiple_of(weights) {
+            return Err(format!("rows of {row} are no whole number of {self} blocks of {weights}"));
+        }
+        let elements = shape.iter().try_fold(1_usize, |n, &size| n.checked_mul(size));
+        let len = elements.and_then(|n| (n / weights).checked_mul(bytes));
+        // What is allocated to convert it must have a length, too.
+        match len.filter(|_| elements.is_some_and(|n| n <= isize::MAX as usize / 8)) {
+            Some(len) => Ok(Some(len)),
+            None => Err(format!("its shape {shape:?} is too large")),
+        }
+    }
 }
 
 impl fmt::Display for Dtype {
@@ -38,6 +102,14 @@ impl fmt::Display for Dtype {
             Self::F32 => "F32",
             Self::F16 => "F16",
             Self::Bf16 => "BF16",
+            Self::I8 => "I8",
+            Self::U8 => "U8",
+            Self::I32 => "I32",
+            Self::I64 => "I64",
+            Self::F8E4M3 => "F8_E4M3",
+            Self::F8E5M2 => "F8_E5M2",
+            Self::F8E8M0 => "F8_E8M0",
+            Self::Ggml(dtype) => return dtype.fmt(f),
             Self::Other(name) => name,
         })
     }
@@ -59,12 +131,13 @@ pub struct TensorView<'a> {
 }
 
 impl TensorView<'_> {
-    /// The elements as f32; exact.
+    /// The elements as f32: exact for floats, and as ggml decodes them for its blocks.
     ///
     /// # Errors
-    /// [`Error::Dtype`] unless they are F32, F16 or BF16.
+    /// [`Error::Dtype`] unless they are floats or blocks of ggml that this crate decodes.
     pub fn to_f32(&self) -> Result<Vec<f32>> {
         let (pairs, _) = self.bytes.as_chunks::<2>();
+        let byte = |format: Format| self.bytes.iter().map(|&b| format.decode(b)).collect();
         Ok(match self.dtype {
             Dtype::F32 => {
                 let (words, _) = self.bytes.as_chunks::<4>();
@@ -72,12 +145,21 @@ impl TensorView<'_> {
             }
             Dtype::F16 => pairs.iter().map(|&b| f16::from_le_bytes(b).to_f32()).collect(),
             Dtype::Bf16 => pairs.iter().map(|&b| bf16::from_le_bytes(b).to_f32()).collect(),
-            Dtype::Other(_) => return Err(self.dtype_error()),
+            Dtype::F8E4M3 => byte(Format::F8E4M3),
+            Dtype::F8E5M2 => byte(Format::F8E5M2),
+            Dtype::F8E8M0 => byte(Format::F8E8M0),
+            Dtype::Ggml(dtype) => {
+                let (weights, bytes) = dtype.block().ok_or_else(|| self.dtype_error())?;
+                let mut to = vec![0.0; self.bytes.len() / bytes * weights];
+                gguf::decode(dtype, self.bytes, &mut to).ok_or_else(|| self.dtype_error())?;
+                to
+            }
+            _ => return Err(self.dtype_error()),
         })
     }
 
-    /// The index of the first NaN or infinity, counted through all elements, without converting
-    /// them.
+    /// The index of the first NaN or infinity, counted through all elements; F32, F16 and BF16 are
+    /// not converted for it.
     ///
     /// # Errors
     /// As [`to_f32`](Self::to_f32).
@@ -92,7 +174,7 @@ impl TensorView<'_> {
             }
             Dtype::F16 => pairs.iter().position(|&b| not_finite(u16::from_le_bytes(b), 0x7c00)),
             Dtype::Bf16 => pairs.iter().position(|&b| not_finite(u16::from_le_bytes(b), 0x7f80)),
-            Dtype::Other(_) => return Err(self.dtype_error()),
+            _ => self.to_f32()?.iter().position(|x| !x.is_finite()),
         })
     }
 
@@ -136,7 +218,7 @@ mod tests {
 
     #[test]
     fn integers_are_not_weights() {
-        let error = view(Dtype::Other("I64"), &[0; 8]).to_f32().unwrap_err();
+        let error = view(Dtype::I64, &[0; 8]).to_f32().unwrap_err();
         assert_eq!(
             error.to_string(),
             "f: tensor t is I64, expected F32, F16 or BF16: convert the checkpoint"
