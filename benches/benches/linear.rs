@@ -35,7 +35,8 @@ fn linear(c: &mut Criterion) {
         run("f32/gemm".to_string(), &dense);
         for name in ["int8", "w8a8", "int4-g128", "int4-g32"] {
             let method = Method::named(name).expect("registered");
-            let quantized = method.quantizer.quantize(w.as_ref(), &calibration, &mut ctx);
+            let quantized =
+                method.quantizer.quantize(w.as_ref(), &calibration, &mut Context::new());
             let layer = quantized.expect("finite").layer;
             for kernel in kernels().filter(|&kernel| m == 1 || kernel != "scalar") {
                 let packed = PackedLinear::with_kernel(&layer, kernel).expect("available");

@@ -1,7 +1,5 @@
 use alloc::string::String;
 
-use crate::ScaleFormat;
-
 /// What can be wrong with the operands of this library. Every variant carries them.
 ///
 /// # Example
@@ -93,13 +91,13 @@ pub enum Error {
     },
     /// A scale beyond the largest number of its format, or one whose outermost level is beyond f32.
     #[error(
-        "scale {scale:e} of the block at row {row}, column {col} overflows {format:?}; choose a wider scale format"
+        "scale {scale:e} of the block at row {row}, column {col} overflows {format}; choose a wider scale format"
     )]
     ScaleOverflow {
         /// The scale before rounding.
         scale: f32,
         /// The format it should be stored in.
-        format: ScaleFormat,
+        format: &'static str,
         /// First row of the block.
         row: usize,
         /// First column of the block.
@@ -137,13 +135,13 @@ pub enum Error {
     },
     /// A real zero or an offset beyond the largest number of its format.
     #[error(
-        "zero {zero:e} of the block at row {row}, column {col} overflows {format:?}; choose a wider format for zeros"
+        "zero {zero:e} of the block at row {row}, column {col} overflows {format}; choose a wider format for zeros"
     )]
     ZeroOverflow {
         /// The zero-point or the offset.
         zero: f32,
         /// The format it should be stored in.
-        format: ScaleFormat,
+        format: &'static str,
         /// First row of the block.
         row: usize,
         /// First column of the block.

@@ -1,5 +1,12 @@
+use alloc::format;
+
+use lowbit_dtypes::{
+    F4E2M1, F6E2M3, F6E3M2, F8E4M3, F8E5M2, Format, Overflow, Rounding as Nearest, SmallFloat,
+    Table16, encode_slice,
+};
+
 use crate::{
-    Error, Params, QuantScheme, Result, Rounding, ScaleFormat, ZeroFormat,
+    Error, Params, QuantScheme, QuantType, Result, Rounding, ScaleFormat, ZeroFormat,
     range::check_percent,
     rounding::{nearest_even, nearest_even_i32},
 };
@@ -108,6 +115,9 @@ pub(crate) struct Plan {
     midpoint: f32,
     /// The lowest code in use; the highest is always `max_code`.
     lowest: f32,
+    /// What the largest magnitude becomes in a type that is symmetric by itself.
+    reach: f32,
+    table: Option<Table16>,
 }
 
 /// The grid of one block, small because there is one for every 32 weights or fewer.
@@ -127,13 +137,30 @@ impl Plan {
         let restricted = scheme.zero == ZeroFormat::Midpoint
             && fit.symmetric == SymmetricScale::Restricted
             && midpoint > 1.0;
+        let reach = scheme.dtype.reach();
+        let (reach, table) = match scheme.dtype {
+            QuantType::Int { .. } => (reach, None),
+            // The power of two below it: the rule of the MX formats.
+            QuantType::Float(_) if scheme.scale_format == ScaleFormat::E8m0 => {
+                (scheme.scale_format.nearest(reach), None)
+            }
+            QuantType::Float(_) => (reach, None),
+            QuantType::Table(levels) => (reach, Some(levels.table())),
+        };
         Self {
+            reach,
+            table,
             scheme,
             fit: *fit,
             max_code: f32::from(scheme.dtype.max_code()),
             midpoint,
             lowest: if restricted { 1.0 } else { 0.0 },
         }
+    }
+
+    /// Whether a grid reaches as far down as up.
+    pub(crate) fn is_symmetric(&self) -> bool {
+        matches!(self.scheme.zero, ZeroFormat::None | ZeroFormat::Midpoint)
     }
 
     /// Whether the smallest and largest weight of a block say all that its grid depends on.
@@ -157,8 +184,12 @@ impl Plan {
             // The range from 0 to the one weight: a real zero must not be large.
             return lo.abs() / self.max_code;
         }
-        let exact = if symmetric {
-            let amax = hi.max(-lo);
+        let amax = hi.max(-lo);
+        let exact = if self.scheme.zero == ZeroFormat::None {
+            // Unsigned integers have no level below 0.
+            let integers = matches!(self.scheme.dtype, QuantType::Int { .. });
+            (if integers { hi } else { amax }) / self.reach
+        } else if symmetric {
             match self.fit.symmetric {
                 SymmetricScale::HalfStep => amax / (self.max_code / 2.0),
                 SymmetricScale::Restricted => amax / (self.midpoint - 1.0).max(1.0),
@@ -184,14 +215,19 @@ impl Plan {
     #[inline(always)]
     pub(crate) fn grid(&self, range: (f32, f32), exact: f32, scale: f32) -> Grid {
         let (lo, hi) = self.extend(range);
-        let (zero, offset) = match self.scheme.zero {
-            ZeroFormat::Midpoint => (self.midpoint, 0.0),
-            ZeroFormat::Int => (nearest_even((-lo / scale).min(self.max_code)), 0.0),
-            ZeroFormat::Real(format) => (format.nearest(-lo / scale), 0.0),
-            ZeroFormat::Offset(format) => (0.0, format.nearest(lo)),
+        let zero = match self.scheme.zero {
+            ZeroFormat::None | ZeroFormat::Offset(_) => 0.0,
+            ZeroFormat::Midpoint => self.midpoint,
+            // A two-level scale may be 0: then all codes stand for 0.
+            ZeroFormat::Int | ZeroFormat::Real(_) if scale == 0.0 => 0.0,
+            ZeroFormat::Int => nearest_even((-lo / scale).min(self.max_code)),
+            ZeroFormat::Real(format) => format.nearest(-lo / scale),
         };
-        let params = Params { scale, zero, offset };
-        let mut grid = Grid { params, offset, factor: scale, reciprocal: false };
+        let offset = match self.scheme.zero {
+            ZeroFormat::Offset(format) => format.nearest(lo),
+            _ => 0.0,
+        };
+        let mut grid = Grid::of(Params { scale, zero, offset });
         if self.fit.division == Division::ExactReciprocal && lo != hi && (1.0 / exact).is_finite() {
             grid.factor = 1.0 / exact;
             grid.reciprocal = true;
@@ -206,7 +242,7 @@ impl Plan {
     #[inline(always)]
     fn extend(&self, (lo, hi): (f32, f32)) -> (f32, f32) {
         match self.scheme.zero {
-            ZeroFormat::Midpoint | ZeroFormat::Int => (lo.min(0.0), hi.max(0.0)),
+            ZeroFormat::None | ZeroFormat::Midpoint | ZeroFormat::Int => (lo.min(0.0), hi.max(0.0)),
             ZeroFormat::Real(_) | ZeroFormat::Offset(_) => (lo, hi),
         }
     }
@@ -214,14 +250,20 @@ impl Plan {
     /// Whether a level, the lowest unused one of a symmetric grid included, is not a finite number.
     #[inline(always)]
     pub(crate) fn reaches_infinity(&self, grid: &Grid) -> bool {
-        let highest = self.scheme.dtype.max_code();
-        !(grid.params.level(0).is_finite() && grid.params.level(highest).is_finite())
+        let lowest =
+            if matches!(self.scheme.dtype, QuantType::Int { .. }) { 0.0 } else { -self.reach };
+        !(grid.params.real(lowest).is_finite() && grid.params.real(self.reach).is_finite())
     }
 
     /// The code of each of `x`; `index` is that of the first in the matrix.
     #[inline(always)] // into callers that are compiled for newer instruction sets
     pub(crate) fn encode(&self, grid: &Grid, x: &[f32], codes: &mut [u8], index: u64) {
-        let integer = matches!(self.scheme.zero, ZeroFormat::Midpoint | ZeroFormat::Int);
+        match (self.scheme.dtype, &self.table) {
+            (QuantType::Float(format), _) => return encode_floats(format, grid, x, codes),
+            (_, Some(table)) => return encode_table(table, grid, x, codes),
+            _ => {}
+        }
+        let integer = !matches!(self.scheme.zero, ZeroFormat::Real(_) | ZeroFormat::Offset(_));
         // A loop for each rounding: with the constant known, each is a few instructions.
         match self.fit.rounding {
             Rounding::NearestEven if integer && !grid.reciprocal => {
@@ -247,7 +289,7 @@ impl Plan {
         };
         for (i, (&x, code)) in x.iter().zip(codes).enumerate() {
             let x = x - grid.offset;
-            let steps = if grid.reciprocal { x * grid.factor } else { x / grid.factor };
+            let steps = grid.steps(x);
             // Clamped first: rounding wants small numbers, and x / scale may be infinite.
             let steps = (steps + real_zero).clamp(-512.0, 512.0);
             let rounded = how.code(steps, int_zero, index + i as u64);
@@ -280,6 +322,60 @@ impl Plan {
     }
 }
 
+impl Grid {
+    /// Weights are divided by the scale as it is stored.
+    pub(crate) fn of(params: Params) -> Self {
+        let factor = if params.scale == 0.0 { 1.0 } else { params.scale };
+        Self { params, offset: params.offset, factor, reciprocal: false }
+    }
+
+    #[inline(always)]
+    fn steps(&self, x: f32) -> f32 {
+        if self.reciprocal { x * self.factor } else { x / self.factor }
+    }
+}
+
+/// Numbers that are scaled at a time, before they are encoded.
+const CHUNK: usize = 64;
+
+fn encode_floats(format: Format, grid: &Grid, x: &[f32], codes: &mut [u8]) {
+    match format {
+        Format::F8E4M3 => encode_as_type::<F8E4M3>(grid, x, codes),
+        Format::F8E5M2 => encode_as_type::<F8E5M2>(grid, x, codes),
+        Format::F6E2M3 => encode_as_type::<F6E2M3>(grid, x, codes),
+        Format::F6E3M2 => encode_as_type::<F6E3M2>(grid, x, codes),
+        Format::F4E2M1 => encode_as_type::<F4E2M1>(grid, x, codes),
+        _ => {
+            for (&x, code) in x.iter().zip(codes) {
+                *code = format.encode(grid.steps(x), Overflow::Saturate);
+            }
+        }
+    }
+}
+
+fn encode_as_type<T: SmallFloat + bytemuck::Pod>(grid: &Grid, x: &[f32], codes: &mut [u8]) {
+    for (x, codes) in x.chunks(CHUNK).zip(codes.chunks_mut(CHUNK)) {
+        let (mut steps, mut small) = ([0.0; CHUNK], [T::zeroed(); CHUNK]);
+        for (steps, &x) in steps.iter_mut().zip(x) {
+            *steps = grid.steps(x);
+        }
+        // It fails only on unequal lengths.
+        let _ = encode_slice(&steps, &mut small, Nearest::NearestEven, Overflow::Saturate);
+        codes.copy_from_slice(&bytemuck::cast_slice(&small)[..codes.len()]);
+    }
+}
+
+fn encode_table(table: &Table16, grid: &Grid, x: &[f32], codes: &mut [u8]) {
+    for (x, codes) in x.chunks(CHUNK).zip(codes.chunks_mut(CHUNK)) {
+        let mut steps = [0.0; CHUNK];
+        for (steps, &x) in steps.iter_mut().zip(x) {
+            *steps = grid.steps(x);
+        }
+        // It fails only on unequal lengths.
+        let _ = table.encode_slice(&steps[..codes.len()], codes);
+    }
+}
+
 /// `clamp(round(x / scale), lowest, highest) + zero`
 #[derive(Clone, Copy)]
 struct Code {
@@ -306,7 +402,13 @@ impl Fit {
         division: Division::Stored,
     };
 
-    pub(crate) fn check(&self) -> Result<()> {
+    /// Whether it has a meaning for `scheme`, which is valid.
+    pub(crate) fn check(&self, scheme: QuantScheme) -> Result<()> {
+        if !matches!(scheme.dtype, QuantType::Int { .. }) && self.rounding != Rounding::NearestEven
+        {
+            let what = format!("{:?} to {:?}", self.rounding, scheme.dtype);
+            return Err(Error::Unsupported { by: "round to nearest", what });
+        }
         let parameter = |what, value, expected| Err(Error::Parameter { what, value, expected });
         match self.range {
             Range::Percentile(percent) => check_percent(percent).map(drop),
@@ -439,6 +541,34 @@ pub mod presets {
     /// GGUF Q5_1: groups of 32, `scale · code + min`.
     pub const fn gguf_q5_1() -> (QuantScheme, Fit) {
         ggml_offset(5)
+    }
+
+    /// NF4 as bitsandbytes stores it without double quantization: `absmax` in f32.
+    pub const fn nf4(granularity: Granularity) -> (QuantScheme, Fit) {
+        let scheme = QuantScheme::levels(QuantType::NF4, granularity);
+        let division = Division::ExactReciprocal;
+        (QuantScheme { scale_format: ScaleFormat::F32, ..scheme }, Fit { division, ..NEAREST })
+    }
+
+    /// FP8 weights: `absmax` over the largest number of the format, in f32.
+    pub const fn fp8(format: Format, granularity: Granularity) -> (QuantScheme, Fit) {
+        let scheme = QuantScheme::levels(QuantType::Float(format), granularity);
+        (QuantScheme { scale_format: ScaleFormat::F32, ..scheme }, NEAREST)
+    }
+
+    /// MXFP4 and its relatives: `format` in groups of 32, each with a power of two (OCP
+    /// Microscaling Formats 1.0, section 6.3).
+    pub const fn mx(format: Format) -> (QuantScheme, Fit) {
+        let scheme = QuantScheme::levels(QuantType::Float(format), Granularity::PerGroup(32));
+        (QuantScheme { scale_format: ScaleFormat::E8m0, ..scheme }, NEAREST)
+    }
+
+    /// NVFP4: FP4 E2M1 in groups of 16, each with an E4M3 scale over one f32 for the matrix.
+    pub const fn nvfp4() -> (QuantScheme, Fit) {
+        let dtype = QuantType::Float(Format::F4E2M1);
+        let scheme = QuantScheme::levels(dtype, Granularity::PerGroup(16));
+        let scale_format = ScaleFormat::TwoLevel(crate::TwoLevel::NVFP4);
+        (QuantScheme { scale_format, ..scheme }, NEAREST)
     }
 
     /// HQQ's starting point: `(max − min) / (2^b − 1)` and a real zero-point, both in f16.

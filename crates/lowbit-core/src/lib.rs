@@ -31,6 +31,7 @@ extern crate alloc;
 mod activation;
 mod adapter;
 mod context;
+mod encoder;
 mod error;
 pub mod fake_quant;
 mod fit;
@@ -44,6 +45,7 @@ mod qmatrix;
 mod quantize;
 pub mod range;
 mod rounding;
+mod scale;
 mod scheme;
 mod simd;
 #[cfg(feature = "testing")]
@@ -56,6 +58,7 @@ pub use activation::{
 };
 pub use adapter::Adapter;
 pub use context::Context;
+pub use encoder::{BlockParams, Encoder};
 pub use error::Error;
 pub use fit::{Division, Fit, Range, SymmetricScale, presets};
 pub use linear::{Linear, QLinear, check_shapes};
@@ -65,7 +68,8 @@ pub use mat::{Mat, MatMut, MatRef};
 pub use outliers::{OutlierColumns, Outliers, SparseRows};
 pub use qmatrix::QMatrix;
 pub use rounding::Rounding;
-pub use scheme::{Granularity, Params, QuantScheme, QuantType, ScaleFormat, ZeroFormat};
+pub use scale::{Base, ScaleFormat, StepFormat, TwoLevel};
+pub use scheme::{Granularity, IntegerLevels, Levels, Params, QuantScheme, QuantType, ZeroFormat};
 pub use transform::Transform;
 
 /// A result whose error is [`enum@Error`].

@@ -1,8 +1,8 @@
 use alloc::{vec, vec::Vec};
 
 use crate::{
-    ActivationScales, ActivationScheme, Adapter, Context, Error, Mat, MatMut, MatRef, Outliers,
-    QActivations, QMatrix, Result, Transform, ZeroFormat,
+    ActivationScales, ActivationScheme, Adapter, Context, Error, IntegerLevels, Mat, MatMut,
+    MatRef, Outliers, QActivations, QMatrix, Result, Transform, ZeroFormat,
 };
 
 /// A linear layer `y = x·Wᵀ + bias`, whatever its weights are made of.
@@ -255,10 +255,11 @@ impl<S: AsRef<[u8]>> QLinear<S> {
 ///
 /// * f32 activations: `y = Σ_j w_j·x_j + bias` over the dequantized weights, summed in f64 and
 ///   rounded once.
-/// * Integer activations and weights with integer zeros: let `G` be the runs of features within
-///   which neither the weight's nor the activation's scale changes. Then
-///   `y = (Σ_G Σ_{j∈G} (code_j − zero_G)·(a_j − z_G) · scale_G) · s + bias`, where `s` is the scale
-///   of the token; with a scale for each group of a token, every term of the outer sum is multiplied
+/// * Integer activations and weights with [integer levels](crate::QuantType::integer_levels) and
+///   integer zeros: let `G` be the runs of features within which neither the weight's nor the
+///   activation's scale changes. Then
+///   `y = (Σ_G Σ_{j∈G} (level_j − zero_G)·(a_j − z_G) · (scale_G·unit)) · s + bias`, where `s` is the
+///   scale of the token; with a scale for each group of a token, every term of the outer sum is multiplied
 ///   by it instead. The inner sums are exact integers; the outer one goes from left to right in
 ///   f32, every product and sum rounded on its own (no fused multiply-add). Kernels reproduce it bit
 ///   for bit.
@@ -266,8 +267,8 @@ impl<S: AsRef<[u8]>> QLinear<S> {
 ///   order, `x_j·w_j` is added to y, product and sum each rounded to f32. Single weights are added
 ///   likewise, and nothing counts as 0 for them.
 /// * At last the [`Adapter`] adds its term, from the input before the transforms.
-/// * Other activations (floats), or weights with real zeros or offsets: as f32 activations, over
-///   the dequantized activations.
+/// * Other activations (floats), or weights with real zeros or offsets or of FP8: as f32
+///   activations, over the dequantized activations.
 impl<S: AsRef<[u8]> + Send + Sync> Linear for QLinear<S> {
     fn in_features(&self) -> usize {
         self.weight.cols()
@@ -297,10 +298,10 @@ impl<S: AsRef<[u8]> + Send + Sync> Linear for QLinear<S> {
         let a = self.activation.map(|scheme| QActivations::quantize(x, scheme)).transpose()?;
         match a {
             None => self.forward_f64(x, &mut y),
-            Some(a) if a.is_integer() && self.has_integer_zeros() => {
-                self.forward_integers(&a, &mut y)?;
-            }
-            Some(a) => self.forward_f64(a.dequantize().as_ref(), &mut y),
+            Some(a) => match self.integer_levels().filter(|_| a.is_integer()) {
+                Some(levels) => self.forward_integers(&a, &levels, &mut y)?,
+                None => self.forward_f64(a.dequantize().as_ref(), &mut y),
+            },
         }
         match &self.outliers {
             Some(Outliers::Sparse(sparse)) => sparse.add(all, y.reborrow())?,
@@ -335,8 +336,12 @@ impl<S: AsRef<[u8]>> QLinear<S> {
         Ok(Some(to))
     }
 
-    fn has_integer_zeros(&self) -> bool {
-        matches!(self.weight.scheme().zero, ZeroFormat::Midpoint | ZeroFormat::Int)
+    /// The levels of the codes as integers, if zeros are integers too.
+    fn integer_levels(&self) -> Option<IntegerLevels> {
+        match self.weight.scheme().zero {
+            ZeroFormat::Real(_) | ZeroFormat::Offset(_) => None,
+            _ => self.weight.scheme().dtype.integer_levels(),
+        }
     }
 
     fn add_outliers(&self, outliers: &Outliers, x: MatRef<'_, f32>, y: &mut MatMut<'_, f32>) {
@@ -371,7 +376,12 @@ impl<S: AsRef<[u8]>> QLinear<S> {
         }
     }
 
-    fn forward_integers(&self, a: &QActivations, y: &mut MatMut<'_, f32>) -> Result<()> {
+    fn forward_integers(
+        &self,
+        a: &QActivations,
+        levels: &IntegerLevels,
+        y: &mut MatMut<'_, f32>,
+    ) -> Result<()> {
         let (block_rows, weight_group) = self.weight.block();
         let activation_group = a.group_size();
         let grouped = matches!(a.scheme().scales, ActivationScales::PerTokenGroup(_));
@@ -389,9 +399,12 @@ impl<S: AsRef<[u8]>> QLinear<S> {
                     let (w, a) = (self.weight.params(i / block_rows, wg), a.params(row, ag));
                     let (w_zero, a_zero) = (w.zero as i64, a.zero as i64);
                     let dot: i64 = (codes[start..end].iter().zip(&a_codes[start..end]))
-                        .map(|(&code, &a)| (i64::from(code) - w_zero) * (i64::from(a) - a_zero))
+                        .map(|(&code, &a)| {
+                            let level = i64::from(levels.integers[usize::from(code)]);
+                            (level - w_zero) * (i64::from(a) - a_zero)
+                        })
                         .sum();
-                    let term = dot as f32 * w.scale;
+                    let term = dot as f32 * (w.scale * levels.unit);
                     sum += if grouped { term * a.scale } else { term };
                     start = end;
                 }

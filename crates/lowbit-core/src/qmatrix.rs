@@ -2,11 +2,11 @@ use alloc::{vec, vec::Vec};
 
 use lowbit_dtypes::{packed_len, unpack};
 
-use crate::{Error, Mat, Params, QuantScheme, Result, ZeroFormat};
+use crate::{Error, Mat, Params, QuantScheme, QuantType, Result, ScaleFormat, ZeroFormat};
 
 /// A quantized `(out_features, in_features)` weight matrix: bit-packed codes, scales and zeros.
 ///
-/// `w[r][c] ≈ scale · (code[r][c] − zero) + offset`, with the [`Params`] of the block that `(r, c)`
+/// `w[r][c] ≈ scale · (level(code[r][c]) − zero) + offset`, with the [`Params`] of the block that `(r, c)`
 /// lies in ([`Granularity`](crate::Granularity)).
 ///
 /// All three buffers are plain bytes, so that a matrix can be borrowed from a file as well as
@@ -14,9 +14,12 @@ use crate::{Error, Mat, Params, QuantScheme, Result, ZeroFormat};
 ///
 /// | buffer | elements | layout |
 /// |---|---|---|
-/// | codes | `n × k` unsigned integers of `bits` bits | row-major, LSB first, each row padded to whole bytes |
+/// | codes | `n × k` fields of `bits` bits | row-major, LSB first, each row padded to whole bytes |
 /// | scales | one per block, [`ScaleFormat`](crate::ScaleFormat), little-endian | row-major over the grid of blocks |
 /// | zeros | one per block, absent if symmetric | [`ZeroFormat::Int`]: as codes, over the grid of blocks; real: as scales |
+///
+/// The bytes of [`TwoLevel`](crate::TwoLevel) scales are those of a matrix of this kind, the grid of
+/// blocks: its codes, then its scales (the steps), then its zeros (the minima).
 ///
 /// # Example
 /// ```
@@ -67,21 +70,22 @@ impl<S: AsRef<[u8]>> QMatrix<S> {
                 return Err(Error::Length { what, expected, got });
             }
         }
-        let expected = usize::from(scheme.zero != ZeroFormat::Midpoint);
+        let expected = usize::from(scheme.zero.is_stored());
         if expected != zeros.iter().len() {
             let what = "buffers of zeros";
             return Err(Error::Length { what, expected, got: zeros.iter().len() });
         }
-        for b in 0..layout.grid.0 * layout.grid.1 {
-            let (row, col) = (b / layout.grid.1, b % layout.grid.1);
-            if !scheme.scale_format.read(scales.as_ref(), b).is_finite() {
-                return Err(Error::NotFinite { what: "scale", row, col });
-            }
-            if let (Some(format), Some(zeros)) = (scheme.zero.real(), &zeros)
-                && !format.read(zeros.as_ref(), b).is_finite()
-            {
-                return Err(Error::NotFinite { what: "zero", row, col });
-            }
+        let not_finite = |format: ScaleFormat, bytes: &[u8]| {
+            let at = format.read_all(bytes, layout.grid).iter().position(|x| !x.is_finite())?;
+            Some((at / layout.grid.1, at % layout.grid.1))
+        };
+        if let Some((row, col)) = not_finite(scheme.scale_format, scales.as_ref()) {
+            return Err(Error::NotFinite { what: "scale", row, col });
+        }
+        if let (Some(format), Some(zeros)) = (scheme.zero.real(), &zeros)
+            && let Some((row, col)) = not_finite(format, zeros.as_ref())
+        {
+            return Err(Error::NotFinite { what: "zero", row, col });
         }
         Ok(Self::assemble(rows, cols, scheme, codes, scales, zeros))
     }
@@ -134,11 +138,14 @@ impl<S: AsRef<[u8]>> QMatrix<S> {
         if block_row >= grid_rows || block_col >= grid_cols {
             return Params::default();
         }
-        let at = block_row * grid_cols + block_col;
-        let mut params =
-            Params { scale: self.scheme.scale_format.read(self.scales(), at), ..Params::default() };
+        let read = |format: ScaleFormat, bytes| {
+            format.read(bytes, (grid_rows, grid_cols), block_row, block_col)
+        };
         let zeros = self.zeros().unwrap_or(&[]);
+        let scale = read(self.scheme.scale_format, self.scales());
+        let mut params = Params { scale, ..Params::default() };
         match self.scheme.zero {
+            ZeroFormat::None => {}
             ZeroFormat::Midpoint => params.zero = f32::from(self.scheme.midpoint()),
             ZeroFormat::Int => {
                 let bits = u32::from(self.scheme.dtype.bits());
@@ -146,8 +153,8 @@ impl<S: AsRef<[u8]>> QMatrix<S> {
                 let row = zeros.get(block_row * stride..).unwrap_or(&[]);
                 params.zero = f32::from(field(row, bits, block_col));
             }
-            ZeroFormat::Real(format) => params.zero = format.read(zeros, at),
-            ZeroFormat::Offset(format) => params.offset = format.read(zeros, at),
+            ZeroFormat::Real(format) => params.zero = read(format, zeros),
+            ZeroFormat::Offset(format) => params.offset = read(format, zeros),
         }
         params
     }
@@ -187,25 +194,52 @@ impl<S: AsRef<[u8]>> QMatrix<S> {
         Ok(())
     }
 
-    /// The matrix that is computed with: [`Params::level`] of every code.
+    /// The number at `(r, c)`, as [`dequantize`](Self::dequantize) gives it; 0 outside.
+    pub(crate) fn real(&self, r: usize, c: usize) -> f32 {
+        let (block_rows, block_cols) = self.block();
+        let bits = u32::from(self.scheme.dtype.bits());
+        let row = self.codes().get(r * packed_len(self.cols, bits)..).unwrap_or(&[]);
+        let params = self.params(r / block_rows, c / block_cols);
+        params.real(self.scheme.dtype.level(field(row, bits, c)))
+    }
+
+    /// The matrix that is computed with: [`Params::real`] of the level of every code.
     pub fn dequantize(&self) -> Mat<f32> {
         let mut w = Mat::zeros(self.rows, self.cols);
         if w.data().is_empty() {
             return w;
         }
         let (block_rows, block_cols) = self.block();
+        let grid_cols = self.grid().1;
+        let mut params = Vec::with_capacity(grid_cols);
         let mut codes = vec![0; self.cols];
+        let dtype = self.scheme.dtype;
+        let levels = match dtype {
+            QuantType::Int { .. } => None,
+            _ => Some(core::array::from_fn::<_, 256, _>(|code| dtype.level(code as u8))),
+        };
         for (r, row) in w.as_mut().iter_rows_mut().enumerate() {
             // Fails only if `S` no longer gives the bytes that `from_parts` has checked.
             if self.unpack_row(r, &mut codes).is_err() {
                 continue;
             }
-            for (b, (row, codes)) in
-                row.chunks_mut(block_cols).zip(codes.chunks(block_cols)).enumerate()
-            {
-                let params = self.params(r / block_rows, b);
-                for (w, &code) in row.iter_mut().zip(codes) {
-                    *w = params.level(code);
+            if r % block_rows == 0 {
+                params.clear();
+                params.extend((0..grid_cols).map(|b| self.params(r / block_rows, b)));
+            }
+            let blocks = row.chunks_mut(block_cols).zip(codes.chunks(block_cols)).zip(&params);
+            for ((row, codes), params) in blocks {
+                match &levels {
+                    None => {
+                        for (w, &code) in row.iter_mut().zip(codes) {
+                            *w = params.real(f32::from(code));
+                        }
+                    }
+                    Some(levels) => {
+                        for (w, &code) in row.iter_mut().zip(codes) {
+                            *w = params.real(levels[usize::from(code)]);
+                        }
+                    }
                 }
             }
         }
@@ -259,23 +293,23 @@ pub(crate) struct Layout {
 
 impl Layout {
     pub(crate) fn new(rows: usize, cols: usize, scheme: QuantScheme) -> Result<Self> {
-        let too_large = Error::TooLarge { rows, cols };
+        let too_large = || Error::TooLarge { rows, cols };
         // Eight bits a code at most, four bytes a scale: no product below can overflow after this.
         if rows.checked_mul(cols).is_none_or(|x| x > usize::MAX / 16)
             || rows.max(cols) > usize::MAX / 16
         {
-            return Err(too_large);
+            return Err(too_large());
         }
         let bits = u32::from(scheme.dtype.bits());
         let block = scheme.granularity.block(rows, cols);
         let grid = scheme.granularity.grid(rows, cols);
         let stride = packed_len(cols, bits);
-        let scales = grid.0 * grid.1 * scheme.scale_format.bytes();
+        let scales = scheme.scale_format.bytes(grid).ok_or_else(too_large)?;
         let zeros = match scheme.zero {
-            ZeroFormat::Midpoint => 0,
+            ZeroFormat::None | ZeroFormat::Midpoint => 0,
             ZeroFormat::Int => grid.0 * packed_len(grid.1, bits),
             ZeroFormat::Real(format) | ZeroFormat::Offset(format) => {
-                grid.0 * grid.1 * format.bytes()
+                format.bytes(grid).ok_or_else(too_large)?
             }
         };
         Ok(Self { block, grid, stride, codes: rows * stride, scales, zeros })

@@ -6,7 +6,8 @@ use lowbit_dtypes::{pack, packed_len};
 use pulp::{Simd, WithSimd};
 
 use crate::{
-    Error, Fit, MatRef, Params, QMatrix, QuantScheme, Range, Result, SymmetricScale, ZeroFormat,
+    Error, Fit, Mat, MatRef, Params, QMatrix, QuantScheme, Range, Result, ScaleFormat,
+    SymmetricScale, ZeroFormat,
     fit::{Grid, Plan},
     qmatrix::Layout,
     range::{self, Extent},
@@ -61,13 +62,13 @@ impl QMatrix {
         importance: Option<&[f32]>,
     ) -> Result<Self> {
         scheme.check()?;
-        fit.check()?;
+        fit.check(scheme)?;
         let (n, k) = w.shape();
         check_importance(importance, k)?;
         let layout = Layout::new(n, k, scheme)?;
         if n == 0 || k == 0 {
-            let zeros = (scheme.zero != ZeroFormat::Midpoint).then(Vec::new);
-            return Self::from_parts(n, k, scheme, Vec::new(), Vec::new(), zeros);
+            let zeros = scheme.zero.is_stored().then(|| vec![0; layout.zeros]);
+            return Self::from_parts(n, k, scheme, Vec::new(), vec![0; layout.scales], zeros);
         }
         let plan = Plan::new(scheme, fit);
         let bits = u32::from(scheme.dtype.bits());
@@ -78,44 +79,47 @@ impl QMatrix {
         let mut row_codes = vec![0; k];
         let mut row_zeros = vec![0; layout.grid.1];
         let mut blocks = Blocks::new(plan, layout.grid.1);
-        for first in (0..n).step_by(block_rows) {
-            let rows = first..n.min(first + block_rows);
-            let block_row = first / block_rows;
-            let at = block_row * layout.grid.1;
-
-            blocks.extents.fill(Extent::NONE);
-            for r in rows.clone() {
-                let row = w.row(r).unwrap_or(&[]);
-                let extents = &mut blocks.extents;
-                if !simd::dispatch(RowExtents { row, block_cols, extents }) {
-                    let col = row.iter().position(|x| !x.is_finite()).unwrap_or(0);
-                    return Err(Error::NotFinite { what: "weight", row: r, col });
+        let block_rows_of =
+            |block_row: usize| block_row * block_rows..n.min((block_row + 1) * block_rows);
+        // Formats that need to see all scales before any of them is known.
+        let two_level = match (scheme.scale_format, scheme.zero.real()) {
+            (ScaleFormat::TwoLevel(_), _) | (_, Some(ScaleFormat::TwoLevel(_))) => {
+                let mut exact = Mat::zeros(layout.grid.0, layout.grid.1);
+                let mut ranges = Vec::with_capacity(layout.grid.0 * layout.grid.1);
+                for (block_row, exact) in exact.as_mut().iter_rows_mut().enumerate() {
+                    blocks.measure(w, block_rows_of(block_row), block_cols, importance)?;
+                    exact.copy_from_slice(&blocks.exact);
+                    ranges.extend_from_slice(&blocks.ranges);
                 }
+                Some(TwoLevelGrids::new(&plan, exact, &ranges)?)
             }
-            // The two things that need another look at the weights.
-            for b in 0..if plan.is_min_max() { 0 } else { layout.grid.1 } {
-                let block = Block { w, rows: rows.clone(), col: b * block_cols, cols: block_cols };
-                let whole = blocks.extents[b].ends();
-                let extreme = block.extreme(&plan, whole);
-                let (lo, hi) = block.search(&plan, whole, extreme, importance)?;
-                blocks.ranges[b] = Chosen { lo, hi, extreme };
-            }
+            _ => None,
+        };
+        for block_row in 0..layout.grid.0 {
+            let rows = block_rows_of(block_row);
+            let first = rows.start;
+            let at = block_row * layout.grid.1;
+            blocks.measure(w, rows.clone(), block_cols, importance)?;
 
-            let scale_bytes = &mut scales[at * scheme.scale_format.bytes()..];
-            if let Some(b) = simd::dispatch(MakeGrids { blocks: &mut blocks, scale_bytes }) {
+            let chosen = two_level.as_ref().map(|grids| grids.row(block_row));
+            let scale_bytes = match scheme.scale_format.bytes((1, 1)) {
+                Some(each) if two_level.is_none() => &mut scales[at * each..],
+                _ => &mut [],
+            };
+            if let Some(b) = simd::dispatch(MakeGrids { blocks: &mut blocks, chosen, scale_bytes })
+            {
                 let (row, col) = (first, b * block_cols);
                 let Params { zero, offset, .. } = blocks.grids[b].params;
                 if let Some(format) = scheme.zero.real()
                     && !(zero.is_finite() && offset.is_finite())
                 {
                     let zero = if offset.is_finite() { zero } else { blocks.ranges[b].lo };
-                    return Err(Error::ZeroOverflow { zero, format, row, col });
+                    return Err(Error::ZeroOverflow { zero, format: format.name(), row, col });
                 }
-                let (scale, format) = (blocks.exact[b], scheme.scale_format);
+                let (scale, format) = (blocks.exact[b], scheme.scale_format.name());
                 return Err(Error::ScaleOverflow { scale, format, row, col });
             }
             match scheme.zero {
-                ZeroFormat::Midpoint => {}
                 ZeroFormat::Int => {
                     for (zero, grid) in row_zeros.iter_mut().zip(&blocks.grids) {
                         *zero = grid.params.zero as u8;
@@ -123,14 +127,16 @@ impl QMatrix {
                     let stride = packed_len(layout.grid.1, bits);
                     pack(bits, &row_zeros, &mut zeros[block_row * stride..][..stride])?;
                 }
-                ZeroFormat::Real(format) | ZeroFormat::Offset(format) => {
-                    let to = zeros[at * format.bytes()..].chunks_mut(format.bytes());
+                ZeroFormat::Real(format) | ZeroFormat::Offset(format) if two_level.is_none() => {
+                    let each = layout.zeros / (layout.grid.0 * layout.grid.1);
+                    let to = zeros[at * each..].chunks_mut(each);
                     for (to, grid) in to.zip(&blocks.grids) {
                         let Params { zero, offset, .. } = grid.params;
                         let real = matches!(scheme.zero, ZeroFormat::Real(_));
                         format.write(if real { zero } else { offset }, to);
                     }
                 }
+                _ => {}
             }
 
             for r in rows {
@@ -141,7 +147,13 @@ impl QMatrix {
                 pack(bits, &row_codes, &mut packed[r * layout.stride..][..layout.stride])?;
             }
         }
-        let zeros = (scheme.zero != ZeroFormat::Midpoint).then_some(zeros);
+        if let Some(grids) = two_level {
+            scales = grids.scales.1;
+            if let Some((_, bytes)) = grids.zeros {
+                zeros = bytes;
+            }
+        }
+        let zeros = scheme.zero.is_stored().then_some(zeros);
         Ok(Self::assemble(n, k, scheme, packed, scales, zeros))
     }
 }
@@ -177,6 +189,85 @@ impl Blocks {
     }
 }
 
+impl Blocks {
+    /// Finds the range and the scale before rounding of each block in `rows`.
+    fn measure(
+        &mut self,
+        w: MatRef<'_, f32>,
+        rows: core::ops::Range<usize>,
+        block_cols: usize,
+        importance: Option<&[f32]>,
+    ) -> Result<()> {
+        self.extents.fill(Extent::NONE);
+        for r in rows.clone() {
+            let row = w.row(r).unwrap_or(&[]);
+            let extents = &mut self.extents;
+            if !simd::dispatch(RowExtents { row, block_cols, extents }) {
+                let col = row.iter().position(|x| !x.is_finite()).unwrap_or(0);
+                return Err(Error::NotFinite { what: "weight", row: r, col });
+            }
+        }
+        // The two things that need another look at the weights.
+        for b in 0..if self.plan.is_min_max() { 0 } else { self.extents.len() } {
+            let block = Block { w, rows: rows.clone(), col: b * block_cols, cols: block_cols };
+            let whole = self.extents[b].ends();
+            let extreme = block.extreme(&self.plan, whole);
+            let (lo, hi) = block.search(&self.plan, whole, extreme, importance)?;
+            self.ranges[b] = Chosen { lo, hi, extreme };
+        }
+        simd::dispatch(ExactScales(self));
+        Ok(())
+    }
+}
+
+/// The scales and real zeros of all blocks, where formats make them depend on each other.
+struct TwoLevelGrids {
+    scales: (Mat<f32>, Vec<u8>),
+    zeros: Option<(Mat<f32>, Vec<u8>)>,
+}
+
+impl TwoLevelGrids {
+    fn new(plan: &Plan, exact: Mat<f32>, ranges: &[Chosen]) -> Result<Self> {
+        let scheme = plan.scheme;
+        let scales = scheme.scale_format.round_grid(exact.clone())?;
+        let Some(format) = scheme.zero.real() else { return Ok(Self { scales, zeros: None }) };
+        let mut zeros = exact;
+        for ((zero, scale), range) in zeros.data_mut().iter_mut().zip(scales.0.data()).zip(ranges) {
+            // Each for itself, a two-level number is not rounded.
+            let Params { zero: z, offset, .. } =
+                plan.grid((range.lo, range.hi), *zero, *scale).params;
+            *zero = z + offset; // one of them is 0
+        }
+        Ok(Self { scales, zeros: Some(format.round_grid(zeros)?) })
+    }
+
+    fn row(&self, r: usize) -> (&[f32], Option<&[f32]>) {
+        let zeros = self.zeros.as_ref().map(|(zeros, _)| zeros.as_ref().row(r).unwrap_or(&[]));
+        (self.scales.0.as_ref().row(r).unwrap_or(&[]), zeros)
+    }
+}
+
+/// The scale of each block before rounding.
+struct ExactScales<'a>(&'a mut Blocks);
+
+impl WithSimd for ExactScales<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, _: S) {
+        let Blocks { plan, extents, ranges, exact, .. } = self.0;
+        if plan.is_min_max() {
+            for (range, extent) in ranges.iter_mut().zip(extents) {
+                let (lo, hi) = extent.ends();
+                *range = Chosen { lo, hi, extreme: hi };
+            }
+        }
+        for (exact, range) in exact.iter_mut().zip(&*ranges) {
+            *exact = plan.exact_scale((range.lo, range.hi), range.extreme);
+        }
+    }
+}
+
 /// Joins the extent of each block of `row` to what other rows have given; whether all is finite.
 struct RowExtents<'a> {
     row: &'a [f32],
@@ -201,6 +292,8 @@ impl WithSimd for RowExtents<'_> {
 /// Scales and grids from ranges; the first block whose levels are not all finite, if any.
 struct MakeGrids<'a> {
     blocks: &'a mut Blocks,
+    /// Scales and zeros that are known already.
+    chosen: Option<(&'a [f32], Option<&'a [f32]>)>,
     scale_bytes: &'a mut [u8],
 }
 
@@ -209,19 +302,20 @@ impl WithSimd for MakeGrids<'_> {
 
     #[inline(always)]
     fn with_simd<S: Simd>(self, _: S) -> Option<usize> {
-        let Blocks { plan, extents, ranges, exact, scales, grids } = self.blocks;
-        if plan.is_min_max() {
-            for (range, extent) in ranges.iter_mut().zip(extents) {
-                let (lo, hi) = extent.ends();
-                *range = Chosen { lo, hi, extreme: hi };
-            }
+        let Blocks { plan, ranges, exact, scales, grids, .. } = self.blocks;
+        match self.chosen {
+            Some((chosen, _)) => scales.copy_from_slice(chosen),
+            None => plan.scheme.scale_format.round_slice(exact, scales, self.scale_bytes),
         }
-        for (exact, range) in exact.iter_mut().zip(&*ranges) {
-            *exact = plan.exact_scale((range.lo, range.hi), range.extreme);
-        }
-        plan.scheme.scale_format.round_slice(exact, scales, self.scale_bytes);
         for (b, grid) in grids.iter_mut().enumerate() {
             *grid = plan.grid((ranges[b].lo, ranges[b].hi), exact[b], scales[b]);
+            if let Some((_, Some(zeros))) = self.chosen {
+                let Params { scale, .. } = grid.params;
+                *grid = Grid::of(match plan.scheme.zero {
+                    ZeroFormat::Offset(_) => Params { scale, zero: 0.0, offset: zeros[b] },
+                    _ => Params { scale, zero: zeros[b], offset: 0.0 },
+                });
+            }
             if plan.reaches_infinity(grid) {
                 return Some(b);
             }
@@ -249,6 +343,20 @@ impl WithSimd for EncodeRow<'_> {
             blocks.plan.encode(grid, values, codes, index + (b * block_cols) as u64);
         }
     }
+}
+
+/// The part of the range of one block that the fit asks for, and its weight of the largest
+/// magnitude.
+pub(crate) fn search_block(
+    plan: &Plan,
+    values: &[f32],
+    whole: (f32, f32),
+    importance: Option<&[f32]>,
+) -> Result<((f32, f32), f32)> {
+    let w = MatRef::new(values, 1, values.len())?;
+    let block = Block { w, rows: 0..1, col: 0, cols: values.len() };
+    let extreme = block.extreme(plan, whole);
+    Ok((block.search(plan, whole, extreme, importance)?, extreme))
 }
 
 /// The weights that share a scale.
@@ -294,7 +402,7 @@ impl<'a> Block<'a> {
     ) -> Result<(f32, f32)> {
         match plan.fit.range {
             Range::MinMax => Ok((lo, hi)),
-            Range::Percentile(percent) if plan.scheme.zero == ZeroFormat::Midpoint => {
+            Range::Percentile(percent) if plan.is_symmetric() => {
                 let amax = range::percentile_abs(&self.values(), percent)?;
                 Ok((-amax, amax))
             }
@@ -348,7 +456,7 @@ impl WithSimd for RowError<'_> {
         for (c, (x, codes)) in x.chunks(LANES).zip(codes.chunks(LANES)).enumerate() {
             for (i, ((&x, &code), sum)) in x.iter().zip(codes).zip(&mut sums).enumerate() {
                 // In f64 the square of any f32 is a number.
-                let e = f64::from(x) - f64::from(grid.params.level(code));
+                let e = f64::from(x) - f64::from(grid.params.real(plan.scheme.dtype.level(code)));
                 let e = if norm == 2.0 { e * e } else { libm::pow(e.abs(), f64::from(norm)) };
                 let weight = importance.map_or(1.0, |x| x[c * LANES + i]);
                 *sum += f64::from(weight) * e;
@@ -420,7 +528,14 @@ mod tests {
                             simd::dispatch(ranges)
                         });
                         let bytes = &mut scale_bytes;
-                        let grids = MakeGrids { blocks: &mut blocks, scale_bytes: bytes };
+                        if plain {
+                            ExactScales(&mut blocks).with_simd(Scalar)
+                        } else {
+                            simd::dispatch(ExactScales(&mut blocks))
+                        }
+                        let blocks_mut = &mut blocks;
+                        let grids =
+                            MakeGrids { blocks: blocks_mut, chosen: None, scale_bytes: bytes };
                         let bad =
                             if plain { grids.with_simd(Scalar) } else { simd::dispatch(grids) };
                         assert_eq!(bad, None);

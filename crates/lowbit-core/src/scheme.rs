@@ -1,11 +1,11 @@
-use lowbit_dtypes::{
-    Overflow, Rounding as Nearest, SmallFloat, bf16, decode_slice, encode_slice, f16,
-};
+use alloc::format;
 
-use crate::{Error, Result};
+use lowbit_dtypes::{Format, Table16};
+
+use crate::{Error, Result, ScaleFormat};
 
 /// What a code means before scale and zero are applied: `real = scale · (level(code) − zero)`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq)]
 #[non_exhaustive]
 pub enum QuantType {
     /// Unsigned integers of 1 to 8 bits: `level(code) = code`.
@@ -13,13 +13,29 @@ pub enum QuantType {
         /// Bits of a code.
         bits: u8,
     },
+    /// Floats of up to 8 bits, such as FP8 E4M3 or FP4 E2M1. A code of NaN or infinity that a file
+    /// holds stays one.
+    Float(Format),
+    /// A list of up to 16 numbers.
+    Table(Levels),
 }
 
 impl QuantType {
+    /// NormalFloat 4 of QLoRA: [`Table16::NF4`].
+    pub const NF4: Self = Self::Table(Levels::of(&Table16::NF4));
+    /// AbnormalFloat 4 for blocks of 64: [`Table16::AF4`].
+    pub const AF4: Self = Self::Table(Levels::of(&Table16::AF4));
+    /// The 4-bit float of bitsandbytes: [`Table16::FP4_BNB`].
+    pub const FP4_BNB: Self = Self::Table(Levels::of(&Table16::FP4_BNB));
+    /// The table of ggml's IQ4_NL and IQ4_XS: [`Table16::IQ4_NL`].
+    pub const IQ4_NL: Self = Self::Table(Levels::of(&Table16::IQ4_NL));
+
     /// Bits of one stored code.
     pub const fn bits(self) -> u8 {
         match self {
             Self::Int { bits } => bits,
+            Self::Float(format) => format.bits() as u8,
+            Self::Table(levels) => levels.bits,
         }
     }
 
@@ -30,6 +46,151 @@ impl QuantType {
             bits @ 1..8 => (1 << bits) - 1,
             _ => u8::MAX,
         }
+    }
+
+    /// The number that `code` stands for in units of the scale; bits above the type's are ignored.
+    ///
+    /// # Example
+    /// ```
+    /// use lowbit_core::QuantType;
+    /// use lowbit_dtypes::Format;
+    ///
+    /// assert_eq!(QuantType::Int { bits: 4 }.level(9), 9.0);
+    /// assert_eq!(QuantType::Float(Format::F4E2M1).level(9), -0.5);
+    /// assert_eq!(QuantType::NF4.level(0), -1.0);
+    /// ```
+    #[inline]
+    pub const fn level(self, code: u8) -> f32 {
+        let code = code & self.max_code();
+        match self {
+            Self::Int { .. } => code as f32,
+            Self::Float(format) => format.decode(code),
+            Self::Table(levels) => levels.levels[code as usize % 16],
+        }
+    }
+
+    /// The largest magnitude of a finite level.
+    pub const fn reach(self) -> f32 {
+        match self {
+            Self::Int { .. } => self.max_code() as f32,
+            Self::Float(format) => format.max(),
+            Self::Table(levels) => {
+                let (mut reach, mut code) = (0.0, 0);
+                while code < 16 {
+                    let level = levels.levels[code].abs();
+                    if level > reach {
+                        reach = level;
+                    }
+                    code += 1;
+                }
+                reach
+            }
+        }
+    }
+
+    /// The levels of all codes as integers in a common unit, `level(code) ≈ unit · integers[code]`,
+    /// for products with integer activations; `None` for floats of more than 16 bits in that form.
+    ///
+    /// Integers, FP4, FP6 and tables of whole numbers are exact. The levels of other tables are
+    /// rounded to 16 bits, `unit = reach / 32767`.
+    pub fn integer_levels(self) -> Option<IntegerLevels> {
+        let unit = match self {
+            Self::Int { .. } => 1.0,
+            Self::Float(format) => {
+                // Multiples of the smallest number.
+                let unit = format.min_positive_subnormal();
+                if format.max() / unit > 32767.0 || format.nan_code().is_some() {
+                    return None;
+                }
+                unit
+            }
+            Self::Table(levels) => {
+                let whole = |x: &f32| x.abs() < 32768.0 && *x == (*x as i32) as f32;
+                if levels.levels.iter().all(whole) { 1.0 } else { self.reach() / 32767.0 }
+            }
+        };
+        let mut integers = [0; 256];
+        for (code, integer) in (0..=self.max_code()).zip(&mut integers) {
+            *integer = libm::rintf(self.level(code) / unit) as i16;
+        }
+        Some(IntegerLevels { integers, unit })
+    }
+}
+
+/// What [`QuantType::integer_levels`] gives.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct IntegerLevels {
+    /// The level of each code in steps of `unit`; 0 behind the last code.
+    pub integers: [i16; 256],
+    /// The unit.
+    pub unit: f32,
+}
+
+/// Up to 16 levels of a [`QuantType::Table`], in any order.
+///
+/// A weight becomes the nearest of them; of two that are equally near, the lower level.
+///
+/// # Example
+/// ```
+/// use lowbit_core::{Granularity, Levels, Mat, QMatrix, QuantScheme, QuantType};
+///
+/// let squares = QuantType::Table(Levels::new(&[-9.0, -4.0, -1.0, 0.0, 1.0, 4.0, 9.0, 16.0])?);
+/// assert_eq!(squares.bits(), 3);
+/// let w = Mat::from_fn(1, 4, |_, c| [8.0, 2.2, -2.0, 0.1][c]);
+/// let q = QMatrix::quantize(w.as_ref(), QuantScheme::levels(squares, Granularity::PerChannel))?;
+/// assert_eq!(q.dequantize().data(), [8.0, 2.0, -2.0, 0.0]);
+/// # Ok::<(), lowbit_core::Error>(())
+/// ```
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Levels {
+    bits: u8,
+    /// Behind the last one, the first again.
+    levels: [f32; 16],
+}
+
+impl Levels {
+    /// The levels of codes 0, 1, 2, …: 2, 4, 8 or 16 of them.
+    ///
+    /// # Errors
+    /// [`Error::Parameter`] for another number of levels, or if all of them are 0;
+    /// [`Error::NotFinite`] at the first that is not finite.
+    pub fn new(levels: &[f32]) -> Result<Self> {
+        let bits = levels.len().checked_ilog2().unwrap_or(0);
+        if !(1..=4).contains(&bits) || levels.len() != 1 << bits {
+            let (what, value) = ("levels of a table", levels.len() as f64);
+            return Err(Error::Parameter { what, value, expected: "2, 4, 8 or 16" });
+        }
+        if let Some(col) = levels.iter().position(|x| !x.is_finite()) {
+            return Err(Error::NotFinite { what: "level", row: 0, col });
+        }
+        if levels.iter().all(|x| *x == 0.0) {
+            return Err(Error::Parameter {
+                what: "largest level",
+                value: 0.0,
+                expected: "another",
+            });
+        }
+        let mut all = [levels[0]; 16];
+        all[..levels.len()].copy_from_slice(levels);
+        Ok(Self { bits: bits as u8, levels: all })
+    }
+
+    const fn of(table: &Table16) -> Self {
+        Self { bits: 4, levels: *table.levels() }
+    }
+
+    /// The levels, by code.
+    pub fn as_slice(&self) -> &[f32] {
+        &self.levels[..1 << self.bits]
+    }
+
+    /// What finds the nearest level: of equal ones it takes the first.
+    pub(crate) fn table(&self) -> Table16 {
+        // Its thresholds are not quite the midpoints.
+        if self.levels == *Table16::FP4_BNB.levels() {
+            return Table16::FP4_BNB;
+        }
+        Table16::new(self.levels).unwrap_or(Table16::NF4) // all are finite
     }
 }
 
@@ -88,131 +249,16 @@ impl Granularity {
     }
 }
 
-/// As [`ScaleFormat::round_slice`], but that small numbers become 0.
-fn round_halves<H: SmallFloat + bytemuck::Pod>(
-    exact: &[f32],
-    rounded: &mut [f32],
-    bytes: &mut [u8],
-) {
-    const CHUNK: usize = 64;
-    let mut halves = [H::zeroed(); CHUNK];
-    let (bytes, _) = bytes.as_chunks_mut::<2>();
-    let chunks = exact.chunks(CHUNK).zip(rounded.chunks_mut(CHUNK)).zip(bytes.chunks_mut(CHUNK));
-    for ((exact, rounded), bytes) in chunks {
-        let halves = &mut halves[..exact.len()];
-        // They fail only on unequal lengths.
-        let _ = encode_slice(exact, halves, Nearest::NearestEven, Overflow::Infinity);
-        let _ = decode_slice(halves, rounded);
-        for (half, bytes) in halves.iter().zip(bytes) {
-            *bytes = bytemuck::cast::<H, u16>(*half).to_le_bytes();
-        }
-    }
-}
-
-/// How a scale is stored. Scales are rounded to this format *before* the codes are computed, so
-/// the codes are the nearest ones for the scale that will be read back.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-#[non_exhaustive]
-pub enum ScaleFormat {
-    /// IEEE single precision, 4 bytes.
-    F32,
-    /// IEEE half precision, 2 bytes, at most 65504.
-    F16,
-    /// bfloat16, 2 bytes, the range of f32 with 8 bits of precision.
-    Bf16,
-}
-
-impl ScaleFormat {
-    /// Bytes of one stored scale.
-    pub const fn bytes(self) -> usize {
-        match self {
-            Self::F32 => 4,
-            Self::F16 | Self::Bf16 => 2,
-        }
-    }
-
-    /// `scale` rounded to nearest, ties to even. A scale other than 0 never becomes 0 (it becomes
-    /// the smallest number of the format and its sign); one beyond the largest becomes infinite.
-    ///
-    /// # Example
-    /// ```
-    /// use lowbit_core::ScaleFormat;
-    ///
-    /// assert_eq!(ScaleFormat::F16.round(1.0 + 1e-4), 1.0);
-    /// assert_eq!(ScaleFormat::F16.round(1e-30), 2.0_f32.powi(-24));
-    /// assert_eq!(ScaleFormat::F16.round(1e6), f32::INFINITY);
-    /// ```
-    #[inline]
-    pub fn round(self, scale: f32) -> f32 {
-        let smallest = match self {
-            Self::F32 => f32::from_bits(1),
-            Self::F16 => f16::MIN_POSITIVE_SUBNORMAL.to_f32(),
-            Self::Bf16 => bf16::MIN_POSITIVE_SUBNORMAL.to_f32(),
-        };
-        let rounded = self.nearest(scale);
-        if rounded == 0.0 && scale != 0.0 { smallest.copysign(scale) } else { rounded }
-    }
-
-    /// [`round`](Self::round) of each of `exact`, also written to the front of `bytes`.
-    pub(crate) fn round_slice(self, exact: &[f32], rounded: &mut [f32], bytes: &mut [u8]) {
-        match self {
-            Self::F32 => {
-                rounded.copy_from_slice(exact);
-                for (x, bytes) in exact.iter().zip(bytes.as_chunks_mut().0) {
-                    *bytes = x.to_le_bytes();
-                }
-            }
-            Self::F16 => round_halves::<f16>(exact, rounded, bytes),
-            Self::Bf16 => round_halves::<bf16>(exact, rounded, bytes),
-        }
-        for (i, (&exact, rounded)) in exact.iter().zip(rounded).enumerate() {
-            if *rounded == 0.0 && exact != 0.0 {
-                *rounded = self.round(exact);
-                self.write(*rounded, &mut bytes[i * self.bytes()..][..self.bytes()]);
-            }
-        }
-    }
-
-    /// `x` rounded to nearest, ties to even; small numbers may become 0.
-    #[inline]
-    pub(crate) fn nearest(self, x: f32) -> f32 {
-        match self {
-            Self::F32 => x,
-            Self::F16 => f16::from_f32(x).to_f32(),
-            Self::Bf16 => bf16::from_f32(x).to_f32(),
-        }
-    }
-
-    /// Writes a number that this format holds, little-endian.
-    #[inline]
-    pub(crate) fn write(self, scale: f32, to: &mut [u8]) {
-        match self {
-            Self::F32 => to.copy_from_slice(&scale.to_le_bytes()),
-            Self::F16 => to.copy_from_slice(&f16::from_f32(scale).to_le_bytes()),
-            Self::Bf16 => to.copy_from_slice(&bf16::from_f32(scale).to_le_bytes()),
-        }
-    }
-
-    /// Reads the number at `index`; zero behind the end.
-    pub(crate) fn read(self, bytes: &[u8], index: usize) -> f32 {
-        let at = index * self.bytes();
-        match (self, bytes.get(at..at + self.bytes())) {
-            (Self::F32, Some(&[a, b, c, d])) => f32::from_le_bytes([a, b, c, d]),
-            (Self::F16, Some(&[a, b])) => f16::from_le_bytes([a, b]).to_f32(),
-            (Self::Bf16, Some(&[a, b])) => bf16::from_le_bytes([a, b]).to_f32(),
-            _ => 0.0,
-        }
-    }
-}
-
 /// What is subtracted from a code, and how it is stored.
 ///
 /// Texts and files know two conventions. With a zero-point `Z`, `real = scale · (code − Z)` (Jacob
 /// et al., arXiv:1712.05877, equation 1); with an offset `O`, `real = scale · code + O` (GGUF Q4_1,
 /// KIVI). [`Params`] converts one into the other.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq)]
 pub enum ZeroFormat {
-    /// `Z = 2^(bits − 1)` in every block, not stored: symmetric quantization.
+    /// Nothing: code 0 of an integer is 0, and floats and tables have a 0 of their own.
+    None,
+    /// `Z = 2^(bits − 1)` in every block, not stored: symmetric quantization with integers.
     Midpoint,
     /// An integer `Z` of `bits` bits for each block. Real 0 has a code of its own.
     Int,
@@ -223,16 +269,21 @@ pub enum ZeroFormat {
 }
 
 impl ZeroFormat {
+    /// Whether there is a buffer of zeros.
+    pub(crate) const fn is_stored(self) -> bool {
+        matches!(self, Self::Int | Self::Real(_) | Self::Offset(_))
+    }
+
     /// The format of a stored real number; `None` for integers.
     pub(crate) const fn real(self) -> Option<ScaleFormat> {
         match self {
-            Self::Midpoint | Self::Int => None,
+            Self::None | Self::Midpoint | Self::Int => None,
             Self::Real(format) | Self::Offset(format) => Some(format),
         }
     }
 }
 
-/// What turns the codes of one block into numbers: `real = scale · (code − zero) + offset`.
+/// What turns the levels of one block into numbers: `real = scale · (level − zero) + offset`.
 ///
 /// One of `zero` and `offset` is 0, depending on the [`ZeroFormat`].
 ///
@@ -241,7 +292,7 @@ impl ZeroFormat {
 /// use lowbit_core::Params;
 ///
 /// let zero_point = Params { scale: 0.5, zero: 3.0, offset: 0.0 };
-/// assert_eq!(zero_point.level(7), 2.0);
+/// assert_eq!(zero_point.real(7.0), 2.0);
 ///
 /// let additive = zero_point.to_offset();
 /// assert_eq!(additive, Params { scale: 0.5, zero: 0.0, offset: -1.5 });
@@ -251,18 +302,17 @@ impl ZeroFormat {
 pub struct Params {
     /// The step between two levels; negative where the extreme weight's sign is kept in it.
     pub scale: f32,
-    /// The code of real 0, in steps; an integer for [`ZeroFormat::Int`] and
-    /// [`ZeroFormat::Midpoint`].
+    /// The level of real 0; an integer for [`ZeroFormat::Int`] and [`ZeroFormat::Midpoint`].
     pub zero: f32,
     /// What code 0 stands for, for [`ZeroFormat::Offset`]; otherwise 0.
     pub offset: f32,
 }
 
 impl Params {
-    /// The number that `code` stands for; every operation is rounded once to f32.
+    /// The number that a [`QuantType::level`] stands for; every operation is rounded once to f32.
     #[inline]
-    pub fn level(self, code: u8) -> f32 {
-        self.scale * (f32::from(code) - self.zero) + self.offset
+    pub fn real(self, level: f32) -> f32 {
+        self.scale * (level - self.zero) + self.offset
     }
 
     /// The same levels (but for rounding) as `scale · code + offset`.
@@ -295,7 +345,7 @@ impl Params {
 /// };
 /// assert_eq!(scheme.zero, ZeroFormat::Int);
 /// ```
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq)]
 pub struct QuantScheme {
     /// What a code means.
     pub dtype: QuantType,
@@ -323,12 +373,36 @@ impl QuantScheme {
         Self { zero: ZeroFormat::Int, ..Self::symmetric(bits, granularity) }
     }
 
-    /// The zero of every block of a symmetric scheme, `2^(bits − 1)`.
-    pub const fn midpoint(self) -> u8 {
-        self.dtype.max_code() / 2 + 1
+    /// Floats or a table, which have their own 0, with f16 scales.
+    ///
+    /// # Example
+    /// ```
+    /// use lowbit_core::{Granularity, Mat, QMatrix, QuantScheme, QuantType, ScaleFormat};
+    /// use lowbit_dtypes::Format;
+    ///
+    /// // MXFP4: FP4 E2M1 in groups of 32, each with a power of two.
+    /// let mxfp4 = QuantScheme {
+    ///     scale_format: ScaleFormat::E8m0,
+    ///     ..QuantScheme::levels(QuantType::Float(Format::F4E2M1), Granularity::PerGroup(32))
+    /// };
+    /// let w = Mat::from_fn(1, 64, |_, c| c as f32);
+    /// let q = QMatrix::quantize(w.as_ref(), mxfp4)?;
+    /// assert_eq!(q.bits_per_weight(), 4.25);
+    /// # Ok::<(), lowbit_core::Error>(())
+    /// ```
+    pub const fn levels(dtype: QuantType, granularity: Granularity) -> Self {
+        Self { dtype, granularity, zero: ZeroFormat::None, scale_format: ScaleFormat::F16 }
     }
 
-    /// Rejects widths outside 1..=8 and blocks without elements.
+    /// The zero of every block of a symmetric scheme, `2^(bits − 1)`; 0 without any.
+    pub const fn midpoint(self) -> u8 {
+        match self.zero {
+            ZeroFormat::None => 0,
+            _ => self.dtype.max_code() / 2 + 1,
+        }
+    }
+
+    /// Rejects widths outside 1..=8, blocks without elements, and zeros of types that have their own.
     pub(crate) fn check(self) -> Result<()> {
         let bits = self.dtype.bits();
         if !(1..=8).contains(&bits) {
@@ -337,6 +411,15 @@ impl QuantScheme {
         let (rows, cols) = self.granularity.block(usize::MAX, usize::MAX);
         if rows == 0 || cols == 0 {
             return Err(Error::EmptyBlock { rows, cols });
+        }
+        if !matches!(self.dtype, QuantType::Int { .. }) && self.zero != ZeroFormat::None {
+            let what = format!("a zero of {:?} for {:?}", self.zero, self.dtype);
+            return Err(Error::Unsupported { by: "a scheme", what });
+        }
+        for format in [Some(self.scale_format), self.zero.real()].into_iter().flatten() {
+            if let ScaleFormat::TwoLevel(two) = format {
+                two.scheme().check()?;
+            }
         }
         Ok(())
     }

@@ -1,6 +1,6 @@
 use lowbit_core::{
-    ActivationScales, ActivationScheme, ActivationType, Adapter, Error, Outliers, QLinear, Result,
-    SparseRows, Transform, ZeroFormat,
+    ActivationScales, ActivationScheme, ActivationType, Adapter, Error, Outliers, QLinear,
+    QuantType, Result, SparseRows, Transform, ZeroFormat,
 };
 
 use crate::{
@@ -232,6 +232,9 @@ impl PackedLinear {
 fn check_supported<S: AsRef<[u8]>>(layer: &QLinear<S>) -> Result<()> {
     let refuse = |what: String| Err(Error::Unsupported { by: "PackedLinear", what });
     let weight = layer.weight();
+    if !matches!(weight.scheme().dtype, QuantType::Int { .. }) {
+        return refuse(format!("weights of {:?}", weight.scheme().dtype));
+    }
     if !matches!(weight.scheme().zero, ZeroFormat::Midpoint | ZeroFormat::Int) {
         return refuse(format!("zeros stored as {:?}", weight.scheme().zero));
     }

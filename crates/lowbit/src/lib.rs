@@ -43,11 +43,12 @@ pub use lowbit_algorithms::{
 #[cfg(feature = "testing")]
 pub use lowbit_core::testing;
 pub use lowbit_core::{
-    ActivationScales, ActivationScheme, ActivationType, Adapter, Context, Division, Error, Fit,
-    Granularity, Linear, Mat, MatMut, MatRef, OutlierColumns, Outliers, Params, QActivations,
-    QLinear, QMatrix, QuantScheme, QuantType, Range, Result, Rounding, ScaleFormat, SparseRows,
-    SymmetricScale, Transform, ZeroFormat, check_shapes, encode_row_int8, group_sums, metrics,
-    presets, quantize_row_int8, quantize_row_uint8, range,
+    ActivationScales, ActivationScheme, ActivationType, Adapter, Base, BlockParams, Context,
+    Division, Encoder, Error, Fit, Granularity, IntegerLevels, Levels, Linear, Mat, MatMut, MatRef,
+    OutlierColumns, Outliers, Params, QActivations, QLinear, QMatrix, QuantScheme, QuantType,
+    Range, Result, Rounding, ScaleFormat, SparseRows, StepFormat, SymmetricScale, Transform,
+    TwoLevel, ZeroFormat, check_shapes, encode_row_int8, group_sums, metrics, presets,
+    quantize_row_int8, quantize_row_uint8, range,
 };
 pub use lowbit_kernels::{PackedLinear, kernels, roofline};
 

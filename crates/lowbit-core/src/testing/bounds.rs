@@ -26,11 +26,12 @@
 //! # Ok::<(), lowbit_core::Error>(())
 //! ```
 
-use alloc::{vec, vec::Vec};
+use alloc::{format, vec, vec::Vec};
 
 use crate::{
-    ActivationScheme, Division, Error, Fit, Mat, MatRef, QActivations, QLinear, QuantScheme, Range,
-    Result, Rounding, ScaleFormat, SymmetricScale, ZeroFormat, fit::F16_ZERO, range,
+    ActivationScheme, Division, Error, Fit, Mat, MatRef, QActivations, QLinear, QuantScheme,
+    QuantType, Range, Result, Rounding, ScaleFormat, SymmetricScale, ZeroFormat, fit::F16_ZERO,
+    range,
 };
 
 /// Half the distance from 1 to the next f32.
@@ -190,7 +191,8 @@ impl Sizes {
             weight.unpack_row(r, &mut codes)?;
             for (c, (size, &code)) in row.iter_mut().zip(&codes).enumerate() {
                 let params = weight.params(r / block_rows, c / block_cols);
-                let code = f64::from(code) + f64::from(params.zero).abs();
+                let level = f64::from(weight.scheme().dtype.level(code)).abs();
+                let code = level + f64::from(params.zero).abs();
                 let real = f64::from(params.scale).abs() * code + f64::from(params.offset).abs();
                 *size = Size { code, real };
             }
@@ -247,7 +249,8 @@ fn check_input(layer: &QLinear, x: MatRef<'_, f32>) -> Result<()> {
 /// others saturate there.
 ///
 /// # Errors
-/// [`Error::NotFinite`] at the first NaN or infinity; those of an impossible scheme or fit.
+/// [`Error::NotFinite`] at the first NaN or infinity; those of an impossible scheme or fit;
+/// [`Error::Unsupported`] for floats, tables, E8M0 and two-level scales, and integers without zero.
 ///
 /// # Example
 /// ```
@@ -263,7 +266,16 @@ fn check_input(layer: &QLinear, x: MatRef<'_, f32>) -> Result<()> {
 /// ```
 pub fn quantization(w: MatRef<'_, f32>, scheme: QuantScheme, fit: &Fit) -> Result<Mat<f64>> {
     scheme.check()?;
-    fit.check()?;
+    fit.check(scheme)?;
+    let two_level = |format| matches!(format, ScaleFormat::E8m0 | ScaleFormat::TwoLevel(_));
+    if !matches!(scheme.dtype, QuantType::Int { .. })
+        || two_level(scheme.scale_format)
+        || scheme.zero.real().is_some_and(two_level)
+        || scheme.zero == ZeroFormat::None
+    {
+        let what = format!("{scheme:?}");
+        return Err(Error::Unsupported { by: "the bound of quantization", what });
+    }
     let (n, k) = w.shape();
     for (row, values) in w.iter_rows().enumerate() {
         if let Some(col) = values.iter().position(|x| !x.is_finite()) {
@@ -317,6 +329,8 @@ fn rounding(format: ScaleFormat, x: f64) -> f64 {
         ScaleFormat::Bf16 => {
             computed + x.abs() / 256.0 + f64::from(format.round(f32::from_bits(1)))
         }
+        // Not supported.
+        ScaleFormat::E8m0 | ScaleFormat::TwoLevel(_) => f64::INFINITY,
     }
 }
 
@@ -355,7 +369,7 @@ impl Grid {
         };
         let exact = fit.division == Division::ExactReciprocal;
         let (lo, hi) = match scheme.zero {
-            ZeroFormat::Midpoint | ZeroFormat::Int => (lo.min(0.0), hi.max(0.0)),
+            ZeroFormat::None | ZeroFormat::Midpoint | ZeroFormat::Int => (lo.min(0.0), hi.max(0.0)),
             ZeroFormat::Real(_) | ZeroFormat::Offset(_) => (lo, hi),
         };
         let amax = hi.max(-lo);
@@ -370,7 +384,7 @@ impl Grid {
             };
             let t = match scheme.zero {
                 _ if lo == 0.0 => 0.0,
-                ZeroFormat::Midpoint | ZeroFormat::Int => 0.0,
+                ZeroFormat::None | ZeroFormat::Midpoint | ZeroFormat::Int => 0.0,
                 // The zero is the largest code, unless the scale was rounded.
                 ZeroFormat::Real(format) => (s + scale_error(s)) * rounding(format, max),
                 ZeroFormat::Offset(format) => rounding(format, lo),
@@ -390,7 +404,7 @@ impl Grid {
             };
         }
         let (s, low, high, offset_error) = match scheme.zero {
-            ZeroFormat::Midpoint => {
+            ZeroFormat::None | ZeroFormat::Midpoint => {
                 let restricted = fit.symmetric == SymmetricScale::Restricted && mid > 1.0;
                 let lowest = if restricted { 1.0 } else { 0.0 };
                 let s = match fit.symmetric {

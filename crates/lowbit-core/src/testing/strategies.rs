@@ -40,9 +40,12 @@ use super::{
     int8::random_operands,
     shrink::{Operands, Shrink, ShrinkTree},
 };
+use lowbit_dtypes::Format;
+
 use crate::{
-    ActivationScales, ActivationScheme, ActivationType, Division, Fit, Granularity, Mat, QLinear,
-    QMatrix, QuantScheme, Range, Rounding, ScaleFormat, SymmetricScale, ZeroFormat,
+    ActivationScales, ActivationScheme, ActivationType, Base, Division, Fit, Granularity, Levels,
+    Mat, QLinear, QMatrix, QuantScheme, QuantType, Range, Rounding, ScaleFormat, StepFormat,
+    SymmetricScale, TwoLevel, ZeroFormat,
 };
 
 /// Sizes in a range, mostly those at which tiles, steps and vectors begin and end: 0, 1, powers of two
@@ -184,7 +187,7 @@ pub fn zero_formats() -> impl Strategy<Value = ZeroFormat> {
     ]
 }
 
-/// Every scheme: 1 to 8 bits, [`granularities`], [`zero_formats`], [`scale_formats`].
+/// Every scheme of integers: 1 to 8 bits, [`granularities`], [`zero_formats`], [`scale_formats`].
 pub fn schemes(most: usize) -> impl Strategy<Value = QuantScheme> {
     (1..=8_u8, granularities(most), zero_formats(), scale_formats()).prop_map(
         |(bits, granularity, zero, scale_format)| QuantScheme {
@@ -193,6 +196,40 @@ pub fn schemes(most: usize) -> impl Strategy<Value = QuantScheme> {
             ..QuantScheme::symmetric(bits, granularity)
         },
     )
+}
+
+/// Floats and tables, [`granularities`], and scales in every format, two-level ones included.
+pub fn level_schemes(most: usize) -> impl Strategy<Value = QuantScheme> {
+    let own = [-3.0, -1.0, 0.0, 0.25, 0.5, 1.0, 2.0, 2.5];
+    let mut types = vec![QuantType::NF4, QuantType::AF4, QuantType::FP4_BNB, QuantType::IQ4_NL];
+    for count in [2, 4, 8] {
+        types.extend(Levels::new(&own[..count]).map(QuantType::Table));
+    }
+    let small = Format::ALL.iter().filter(|f| f.bits() <= 8 && f.is_signed());
+    types.extend(small.map(|format| QuantType::Float(*format)));
+    (select(types), granularities(most), all_scale_formats(most)).prop_map(
+        |(dtype, granularity, scale_format)| QuantScheme {
+            scale_format,
+            ..QuantScheme::levels(dtype, granularity)
+        },
+    )
+}
+
+/// [`scale_formats`], E8M0, and two-level scales.
+pub fn all_scale_formats(most: usize) -> impl Strategy<Value = ScaleFormat> {
+    let codes = prop_oneof![
+        (1..=8_u8).prop_map(|bits| QuantType::Int { bits }),
+        Just(QuantType::Float(Format::F8E4M3)),
+    ];
+    let base = select(vec![Base::Zero, Base::Midpoint, Base::Minimum]);
+    let format = select(vec![StepFormat::F32, StepFormat::F16, StepFormat::Bf16]);
+    let two_level = (codes, granularities(most), base, format).prop_map(
+        |(dtype, granularity, base, format)| {
+            let base = if matches!(dtype, QuantType::Int { .. }) { base } else { Base::Zero };
+            ScaleFormat::TwoLevel(TwoLevel { dtype, granularity, base, format })
+        },
+    );
+    prop_oneof![2 => scale_formats(), 1 => Just(ScaleFormat::E8m0), 2 => two_level]
 }
 
 /// Every rounding; those to nearest come first.
