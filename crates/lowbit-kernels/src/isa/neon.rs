@@ -31,8 +31,16 @@ pub(super) const DOTPROD: Kernel = Kernel {
     peak: peak_dotprod,
 };
 
-pub(super) const NEON: Kernel =
-    Kernel { name: "neon", is_available: || is_aarch64_feature_detected!("neon"), int8, f32, peak };
+pub(super) const NEON: Kernel = Kernel {
+    name: "neon",
+    is_available: || is_aarch64_feature_detected!("neon"),
+    rows: 24,
+    task_rows: 72,
+    keeps_rows: false,
+    int8,
+    f32,
+    peak,
+};
 
 // Of 32 registers a tile takes 16 for sums, 8 where each product needs some of its own. For int8, 4 by
 // 4 vectors leave room for 8 of codes; for f32, 8 by 2 share the work of a level among more rows.
