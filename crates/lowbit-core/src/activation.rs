@@ -424,20 +424,6 @@ pub fn encode_row_int8(x: &[f32], scale: f32, codes: &mut [i8]) -> Result<()> {
 /// # Ok::<(), lowbit_core::Error>(())
 /// ```
 pub fn quantize_row_uint8(x: &[f32], codes: &mut [u8]) -> Result<(f32, u8)> {
-    struct Uint8<'a>(&'a [f32], &'a mut [u8], f32, u8);
-    impl WithSimd for Uint8<'_> {
-        type Output = ();
-
-        #[inline(always)]
-        fn with_simd<S: Simd>(self, _: S) {
-            let Self(x, codes, scale, zero_point) = self;
-            let zero = i32::from(zero_point);
-            let (lowest, highest) = (-f32::from(zero_point), 255.0 - f32::from(zero_point));
-            for (&x, code) in x.iter().zip(codes) {
-                *code = (nearest_even_i32((x / scale).max(lowest).min(highest)) + zero) as u8;
-            }
-        }
-    }
     same_length("uint8 codes", x.len(), codes.len())?;
     if x.is_empty() {
         return Ok((1.0, 0));
@@ -449,6 +435,48 @@ pub fn quantize_row_uint8(x: &[f32], codes: &mut [u8]) -> Result<(f32, u8)> {
     let (scale, zero_point) = ActivationType::UInt8.params(extent.ends())?;
     simd::dispatch(Uint8(x, codes, scale, zero_point));
     Ok((scale, zero_point))
+}
+
+/// Quantizes one row of activations to uint8 by a scale and zero-point that are known:
+/// `code = clamp(round(x / scale) + zero_point, 0, 255)`, ties to even. For
+/// [`ActivationScales::Static`] and [`ActivationScales::PerTensor`], in kernels.
+///
+/// # Errors
+/// As [`encode_row_int8`].
+///
+/// # Example
+/// ```
+/// let mut codes = [0; 3];
+/// lowbit_core::encode_row_uint8(&[-1.0, 0.004, 9.0], 0.01, 50, &mut codes)?;
+/// assert_eq!(codes, [0, 50, 255]);
+/// # Ok::<(), lowbit_core::Error>(())
+/// ```
+pub fn encode_row_uint8(x: &[f32], scale: f32, zero_point: u8, codes: &mut [u8]) -> Result<()> {
+    same_length("uint8 codes", x.len(), codes.len())?;
+    if !(scale > 0.0 && scale.is_finite()) {
+        return Err(Error::not_positive("scale", scale));
+    }
+    if !Extent::best(x).is_finite() {
+        return Err(not_finite(x));
+    }
+    simd::dispatch(Uint8(x, codes, scale, zero_point));
+    Ok(())
+}
+
+struct Uint8<'a>(&'a [f32], &'a mut [u8], f32, u8);
+
+impl WithSimd for Uint8<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, _: S) {
+        let Self(x, codes, scale, zero_point) = self;
+        let zero = i32::from(zero_point);
+        let (lowest, highest) = (-f32::from(zero_point), 255.0 - f32::from(zero_point));
+        for (&x, code) in x.iter().zip(codes) {
+            *code = (nearest_even_i32((x / scale).max(lowest).min(highest)) + zero) as u8;
+        }
+    }
 }
 
 /// `Σ codes` of each `group_size` codes of a row, as far as there is room in `sums`.

@@ -53,8 +53,8 @@ pub mod testing;
 mod transform;
 
 pub use activation::{
-    ActivationScales, ActivationScheme, ActivationType, QActivations, encode_row_int8, group_sums,
-    quantize_row_int8, quantize_row_uint8,
+    ActivationScales, ActivationScheme, ActivationType, QActivations, encode_row_int8,
+    encode_row_uint8, group_sums, quantize_row_int8, quantize_row_uint8,
 };
 pub use adapter::Adapter;
 pub use context::Context;

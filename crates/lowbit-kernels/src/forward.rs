@@ -4,13 +4,14 @@
 use std::ops::Range;
 
 use lowbit_core::{
-    ActivationScales, ActivationType, Context, Error, Linear, MatMut, MatRef, Outliers, Result,
-    check_shapes, encode_row_int8, group_sums, quantize_row_int8, range::min_max,
+    ActivationScales, ActivationScheme, ActivationType, Context, Error, Linear, MatMut, MatRef,
+    Outliers, Result, check_shapes, encode_row_int8, encode_row_uint8, group_sums,
+    quantize_row_int8, quantize_row_uint8, range::min_max,
 };
 use rayon::prelude::*;
 
 use crate::{
-    packed::PackedLinear,
+    packed::{PackedLinear, has_zeros_or_groups},
     tile::{Int8Row, MR, NR},
 };
 
@@ -85,12 +86,12 @@ impl PackedLinear {
         match self.activation() {
             None => self.forward_f32(x, y.reborrow(), ctx, threads)?,
             Some(scheme) => {
-                let scale = match scheme.scales {
-                    ActivationScales::Static { scale, .. } => Some(scale),
-                    ActivationScales::PerTensor => Some(tensor_scale(scheme.dtype, x)?),
+                let known = match scheme.scales {
+                    ActivationScales::Static { scale, zero_point } => Some((scale, zero_point)),
+                    ActivationScales::PerTensor => Some(tensor_params(scheme.dtype, x)?),
                     _ => None,
                 };
-                self.forward_int8(x, y.reborrow(), ctx, threads, scale)?;
+                self.forward_int8(x, y.reborrow(), ctx, threads, Quantizer { scheme, known })?;
             }
         }
         match self.sparse() {
@@ -129,21 +130,22 @@ impl PackedLinear {
         mut y: MatMut<'_, f32>,
         ctx: &mut Context,
         threads: Threads<'_>,
-        known_scale: Option<f32>,
+        quantizer: Quantizer,
     ) -> Result<()> {
-        // One row of scratch: [codes i8; padded k][scale f32][sums i32; groups], so that the codes
-        // begin with a cache line. With outliers, [x without them f32; k] behind it.
-        let (m, width, groups) = (x.rows(), self.padded_k(), self.group().1);
-        let quantized = (4 + 4 * groups + width).next_multiple_of(64);
+        let m = x.rows();
+        let layout = RowLayout {
+            width: self.padded_k(),
+            groups: self.group().1,
+            affine: has_zeros_or_groups(quantizer.scheme),
+        };
+        // A row of scratch: its quantized form and, with outliers, [x without them f32; k].
+        let quantized = layout.bytes();
         let rest = if self.outlier_features().is_some() { 4 * x.cols() } else { 0 };
         let stride = quantized + rest.next_multiple_of(64);
         let scratch = ctx.scratch(m * stride);
         let quantize = |row: usize, to: &mut [u8]| {
             let (to, rest) = to.split_at_mut(quantized);
-            let (codes, to) = to.split_at_mut(width);
-            let (scale, sums) = to.split_at_mut(4);
-            let codes = bytemuck::cast_slice_mut(codes);
-            let sums = bytemuck::cast_slice_mut(&mut sums[..4 * groups]);
+            let mut to = layout.split_mut(to);
             // NaN marks a row that could not be quantized.
             let x = x.row(row).unwrap_or(&[]);
             let x = match self.outlier_features() {
@@ -154,19 +156,11 @@ impl PackedLinear {
                     rest
                 }
             };
-            let result = self.quantize_row(x, known_scale, codes, sums);
-            scale.copy_from_slice(&result.unwrap_or(f32::NAN).to_ne_bytes());
+            *to.scale = self.quantize_row(x, quantizer, &mut to).unwrap_or(f32::NAN);
         };
         threads.chunks(scratch, stride, quantize);
 
-        let row = |row: usize| {
-            let (codes, tail) = scratch[row * stride..][..stride].split_at(width);
-            let sums = bytemuck::cast_slice(&tail[4..][..4 * groups]);
-            (
-                bytemuck::pod_read_unaligned::<f32>(&tail[..4]),
-                Int8Row { codes: bytemuck::cast_slice(codes), sums },
-            )
-        };
+        let row = |row: usize| layout.split(&scratch[row * stride..][..quantized]);
         for (r, x) in x.iter_rows().enumerate() {
             if row(r).0.is_nan() {
                 let col = x.iter().position(|x| !x.is_finite()).unwrap_or(0);
@@ -175,7 +169,7 @@ impl PackedLinear {
         }
         self.tiles(y.reborrow(), threads, |panel, rows, out| {
             let panel = self.panel(panel);
-            let mut a = [Int8Row { codes: &[], sums: &[] }; MR];
+            let mut a = [Int8Row::default(); MR];
             let mut scales = [0.0; MR];
             for ((a, scale), r) in a.iter_mut().zip(&mut scales).zip(rows.clone()) {
                 (*scale, *a) = row(r);
@@ -248,35 +242,43 @@ impl PackedLinear {
         }
     }
 
-    /// Quantizes a row, sums the codes of each group, and spreads the groups to whole steps.
-    fn quantize_row(
-        &self,
-        x: &[f32],
-        known_scale: Option<f32>,
-        codes: &mut [i8],
-        sums: &mut [i32],
-    ) -> Result<f32> {
-        let ((group_size, _), padded) = (self.group(), self.padded_group());
-        let scale = match known_scale {
-            None => quantize_row_int8(x, &mut codes[..x.len()])?,
-            Some(scale) => {
-                encode_row_int8(x, scale, &mut codes[..x.len()])?;
-                scale
-            }
+    /// Quantizes a row and spreads its groups to whole steps. Gives the scale of the row, which is 1 if
+    /// each group has its own.
+    fn quantize_row(&self, x: &[f32], quantizer: Quantizer, to: &mut RowMut<'_>) -> Result<f32> {
+        let ((group_size, groups), padded) = (self.group(), self.padded_group());
+        let shared = match quantizer.scheme.scales {
+            ActivationScales::PerTokenGroup(shared) => Some(shared),
+            _ => None,
         };
-        group_sums(&codes[..x.len()], group_size, sums);
-        codes[x.len()..].fill(0);
-        if padded != group_size {
-            // From the last group backwards, so that none is overwritten before it has moved.
-            for g in (0..sums.len()).rev() {
-                let (from, to) = (g * group_size, g * padded);
-                let len = group_size.min(x.len() - from);
-                codes.copy_within(from..from + len, to);
-                let end = codes.len().min(to + padded);
-                codes[to + len..end].fill(0);
+        let chunk = shared.unwrap_or(x.len()).max(1);
+        let chunk_groups = chunk.div_ceil(group_size);
+        let (codes, rest) = to.codes.split_at_mut(x.len());
+        rest.fill(0);
+        let mut row_scale = 1.0;
+        for (i, (x, codes)) in x.chunks(chunk).zip(codes.chunks_mut(chunk)).enumerate() {
+            let (scale, zero) = quantizer.encode(x, codes)?;
+            let group_scale = match shared {
+                Some(_) => scale,
+                None => std::mem::replace(&mut row_scale, scale),
+            };
+            if !to.zeros.is_empty() {
+                let these = i * chunk_groups..groups.min((i + 1) * chunk_groups);
+                to.zeros[these.clone()].fill(zero);
+                to.scales[these].fill(group_scale);
             }
         }
-        Ok(scale)
+        group_sums(codes, group_size, to.sums);
+        if padded != group_size {
+            // From the last group backwards, so that none is overwritten before it has moved.
+            for g in (0..groups).rev() {
+                let (from, start) = (g * group_size, g * padded);
+                let len = group_size.min(x.len() - from);
+                to.codes.copy_within(from..from + len, start);
+                let end = to.codes.len().min(start + padded);
+                to.codes[start + len..end].fill(0);
+            }
+        }
+        Ok(row_scale)
     }
 
     /// Computes every tile of `y`: `tile(panel, rows, out)` fills `out`, to which the bias is added.
@@ -343,8 +345,103 @@ fn add_rows(
     Ok(())
 }
 
-/// The scale that all rows share. With outliers, packing has refused this.
-fn tensor_scale(dtype: ActivationType, x: MatRef<'_, f32>) -> Result<f32> {
+/// How rows become integers.
+#[derive(Clone, Copy)]
+struct Quantizer {
+    scheme: ActivationScheme,
+    /// Scale and zero-point, where they do not depend on the row.
+    known: Option<(f32, u8)>,
+}
+
+impl Quantizer {
+    /// Quantizes numbers that share a scale. Gives it, and what the codes count from.
+    ///
+    /// Codes of uint8 are stored as `code − 128`, which kernels multiply as they do those of int8.
+    fn encode(self, x: &[f32], codes: &mut [i8]) -> Result<(f32, i32)> {
+        match (self.scheme.dtype, self.known) {
+            (ActivationType::UInt8, known) => {
+                let unsigned: &mut [u8] = bytemuck::cast_slice_mut(codes);
+                let (scale, zero) = match known {
+                    None => quantize_row_uint8(x, unsigned)?,
+                    Some((scale, zero)) => {
+                        encode_row_uint8(x, scale, zero, unsigned)?;
+                        (scale, zero)
+                    }
+                };
+                for code in unsigned {
+                    *code ^= 128;
+                }
+                Ok((scale, i32::from(zero) - 128))
+            }
+            (_, None) => Ok((quantize_row_int8(x, codes)?, 0)),
+            (_, Some((scale, _))) => {
+                encode_row_int8(x, scale, codes)?;
+                Ok((scale, 0))
+            }
+        }
+    }
+}
+
+/// A quantized row in scratch memory:
+/// `[codes i8; width][scale f32][sums i32; groups][zeros i32; groups][scales f32; groups]`, zeros and
+/// scales only if `affine`. The codes begin with a cache line.
+#[derive(Clone, Copy)]
+struct RowLayout {
+    width: usize,
+    groups: usize,
+    affine: bool,
+}
+
+struct RowMut<'a> {
+    codes: &'a mut [i8],
+    scale: &'a mut f32,
+    sums: &'a mut [i32],
+    zeros: &'a mut [i32],
+    scales: &'a mut [f32],
+}
+
+impl RowLayout {
+    /// A multiple of a cache line.
+    fn bytes(self) -> usize {
+        (self.width + 4 + 4 * (self.groups + 2 * self.extra())).next_multiple_of(64)
+    }
+
+    fn extra(self) -> usize {
+        if self.affine { self.groups } else { 0 }
+    }
+
+    fn split_mut(self, row: &mut [u8]) -> RowMut<'_> {
+        let (codes, row) = row.split_at_mut(self.width);
+        let (scale, row) = row.split_at_mut(4);
+        let (sums, row) = row.split_at_mut(4 * self.groups);
+        let (zeros, row) = row.split_at_mut(4 * self.extra());
+        RowMut {
+            codes: bytemuck::cast_slice_mut(codes),
+            scale: bytemuck::from_bytes_mut(scale),
+            sums: bytemuck::cast_slice_mut(sums),
+            zeros: bytemuck::cast_slice_mut(zeros),
+            scales: bytemuck::cast_slice_mut(&mut row[..4 * self.extra()]),
+        }
+    }
+
+    /// The scale of the row, and the rest.
+    fn split(self, row: &[u8]) -> (f32, Int8Row<'_>) {
+        let (codes, row) = row.split_at(self.width);
+        let (scale, row) = row.split_at(4);
+        let (sums, row) = row.split_at(4 * self.groups);
+        let (zeros, row) = row.split_at(4 * self.extra());
+        let row = Int8Row {
+            codes: bytemuck::cast_slice(codes),
+            sums: bytemuck::cast_slice(sums),
+            zeros: bytemuck::cast_slice(zeros),
+            scales: bytemuck::cast_slice(&row[..4 * self.extra()]),
+        };
+        (*bytemuck::from_bytes(scale), row)
+    }
+}
+
+/// Scale and zero-point that all rows share. With outliers, packing has refused this.
+fn tensor_params(dtype: ActivationType, x: MatRef<'_, f32>) -> Result<(f32, u8)> {
     let mut all = (0.0_f32, 0.0_f32);
     for (row, x) in x.iter_rows().enumerate().filter(|(_, x)| !x.is_empty()) {
         let (lo, hi) = min_max(x).map_err(|_| {
@@ -353,7 +450,7 @@ fn tensor_scale(dtype: ActivationType, x: MatRef<'_, f32>) -> Result<f32> {
         })?;
         all = (all.0.min(lo), all.1.max(hi));
     }
-    Ok(dtype.params(all)?.0)
+    dtype.params(all)
 }
 
 /// `y += x·w`, product and sum each rounded.

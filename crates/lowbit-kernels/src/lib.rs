@@ -4,7 +4,7 @@
 //! y (m, n) = x (m, k) · Wᵀ + bias        W (n, k): 1 to 8 bits, any block of scales and zeros
 //! ```
 //!
-//! [`PackedLinear`] computes what [`QLinear`](lowbit_core::QLinear) means. Layers with int8
+//! [`PackedLinear`] computes what [`QLinear`](lowbit_core::QLinear) means. Layers with int8 or uint8
 //! activations give the reference's bits on every kernel, thread count and batch size; layers with
 //! f32 activations stay within a computed bound of it, with the same bits for every thread count
 //! and for the same row in any batch.

@@ -38,15 +38,18 @@ pub struct PackedLinear {
     adapter: Option<Adapter>,
     bias: Option<Vec<f32>>,
     storage: Storage,
-    /// Input features of a full group, and how many groups a row has.
+    /// Input features of a full group, within which no scale changes, neither of weights nor of
+    /// activations; and how many groups a row has.
     group: (usize, usize),
     // codes:  [n/32][steps of all groups][32 rows][4 bytes]; a step is 4 (bytes) or 8 (nibbles) k
     // scales: [n/32][groups][32]
     // zeros:  [n/32][groups][32]
+    // sums:   [n/32][groups][32], or none: see `Panel`
     // Groups are padded to whole steps and rows to whole panels: code 0, zero 0, scale 0.
     codes: Vec<Line>,
     scales: Vec<[f32; NR]>,
     zeros: Vec<[u8; NR]>,
+    sums: Vec<[i32; NR]>,
 }
 
 /// A cache line, so that the vectors of a panel never straddle two.
@@ -61,8 +64,11 @@ unsafe impl bytemuck::Zeroable for Line {}
 // SAFETY: as above; every bit pattern is a value.
 unsafe impl bytemuck::Pod for Line {}
 
-/// The longest group for which `Σ (code − zero)·a` surely fits an i32: `(2^31 − 1) / (255 · 127)`.
-const MAX_INT8_GROUP: usize = 66_311;
+/// The longest group for which `Σ (code − zero)·a` surely fits an i32: `(2^31 − 1) / (255 · 128)`.
+const MAX_INT8_GROUP: usize = 65_793;
+
+/// As [`MAX_INT8_GROUP`], with `a − zero` up to 255: `(2^31 − 1) / (255 · 255)`.
+const MAX_UINT8_GROUP: usize = 33_025;
 
 impl PackedLinear {
     /// Packs `layer` for the best kernel of this CPU.
@@ -78,10 +84,11 @@ impl PackedLinear {
     ///
     /// # Errors
     /// [`Error::Unsupported`] if there is no such kernel or this CPU lacks its instructions, or if no
-    /// kernel computes such a layer yet: zeros that are real numbers or offsets, activations in other
-    /// than f32 or int8 or with scales for groups of a token, int8 activations with a group of more
-    /// than 66,311 weights (whose sum might overflow), outlier features beside f32 activations or beside
-    /// a scale that the batch shares.
+    /// kernel computes such a layer yet: zeros that are real numbers or offsets; activations in other
+    /// than f32, int8 or uint8; groups of a token neither of which divides those of the weights nor the
+    /// other way round; a group of more than 65,793 weights beside int8 activations or 33,025 beside
+    /// uint8 (whose sum might overflow); outlier features beside f32 activations or beside a scale that the batch
+    /// shares.
     pub fn with_kernel<S: AsRef<[u8]>>(layer: &QLinear<S>, name: &str) -> Result<Self> {
         Self::pack(layer, isa::named(name)?)
     }
@@ -89,9 +96,9 @@ impl PackedLinear {
     fn pack<S: AsRef<[u8]>>(layer: &QLinear<S>, kernel: &'static Kernel) -> Result<Self> {
         let weight = layer.weight();
         let (n, k) = (weight.rows(), weight.cols());
-        let (block_rows, group_size) = weight.block();
+        let (block_rows, block_cols) = weight.block();
+        let group_size = check_supported(layer)?;
         let groups = k.div_ceil(group_size);
-        check_supported(layer)?;
         let storage = match weight.scheme().dtype.bits() {
             ..=4 => Storage::Nibbles,
             _ => Storage::Bytes,
@@ -112,6 +119,10 @@ impl PackedLinear {
             codes: vec![Line([0; 64]); panels * steps * (4 * NR / 64)],
             scales: vec![[0.0; NR]; panels * groups],
             zeros: vec![[0; NR]; panels * groups],
+            sums: match layer.activation() {
+                Some(scheme) if has_zeros_or_groups(scheme) => vec![[0; NR]; panels * groups],
+                _ => Vec::new(),
+            },
         };
         let mut row_codes = vec![0; if n == 0 { 0 } else { k }];
         let panel_bytes = steps * 4 * NR;
@@ -121,9 +132,12 @@ impl PackedLinear {
             weight.unpack_row(row, &mut row_codes)?;
             let codes = &mut codes[panel * panel_bytes..][..panel_bytes];
             for (g, group) in row_codes.chunks(group_size).enumerate() {
-                let params = weight.params(row / block_rows, g);
+                let params = weight.params(row / block_rows, g * group_size / block_cols);
                 packed.scales[panel * groups + g][lane] = params.scale;
                 packed.zeros[panel * groups + g][lane] = params.zero as u8; // an integer below 256
+                if let Some(sums) = packed.sums.get_mut(panel * groups + g) {
+                    sums[lane] = group.iter().map(|&c| i32::from(c) - params.zero as i32).sum();
+                }
                 let first = g * storage.steps_of_group(group_size);
                 for (j, &code) in group.iter().enumerate() {
                     let (step, byte, shift) = storage.place(j);
@@ -139,9 +153,12 @@ impl PackedLinear {
         self.kernel.name
     }
 
-    /// Bytes that the packed weights, scales and zeros take in memory.
+    /// Bytes that the packed weights and what belongs to their groups take in memory.
     pub fn packed_bytes(&self) -> usize {
-        size_of_val(&self.codes[..]) + size_of_val(&self.scales[..]) + size_of_val(&self.zeros[..])
+        size_of_val(&self.codes[..])
+            + size_of_val(&self.scales[..])
+            + size_of_val(&self.zeros[..])
+            + size_of_val(&self.sums[..])
     }
 
     pub(crate) fn shape(&self) -> (usize, usize) {
@@ -222,14 +239,24 @@ impl PackedLinear {
             codes: &codes[index * bytes..][..bytes],
             scales: &self.scales[index * self.group.1..][..self.group.1],
             zeros: &self.zeros[index * self.group.1..][..self.group.1],
+            sums: match self.sums.is_empty() {
+                true => &[],
+                false => &self.sums[index * self.group.1..][..self.group.1],
+            },
             storage: self.storage,
             steps: self.storage.steps_of_group(self.group.0),
         }
     }
 }
 
-/// Says what no kernel computes yet.
-fn check_supported<S: AsRef<[u8]>>(layer: &QLinear<S>) -> Result<()> {
+/// Do activations have a zero, or scales for groups of a token?
+pub(crate) fn has_zeros_or_groups(scheme: ActivationScheme) -> bool {
+    scheme.dtype == ActivationType::UInt8
+        || matches!(scheme.scales, ActivationScales::PerTokenGroup(_))
+}
+
+/// Refuses what no kernel computes yet; otherwise how many weights a packed group has.
+fn check_supported<S: AsRef<[u8]>>(layer: &QLinear<S>) -> Result<usize> {
     let refuse = |what: String| Err(Error::Unsupported { by: "PackedLinear", what });
     let weight = layer.weight();
     if !matches!(weight.scheme().dtype, QuantType::Int { .. }) {
@@ -243,26 +270,41 @@ fn check_supported<S: AsRef<[u8]>>(layer: &QLinear<S>) -> Result<()> {
         Some(Outliers::Threshold(_) | Outliers::Columns(_)) => true,
         Some(other) => return refuse(format!("outliers found by {other:?}")),
     };
+    let weight_group = weight.block().1;
     let Some(scheme) = layer.activation() else {
         return match features {
-            false => Ok(()),
+            false => Ok(weight_group),
             true => refuse("outlier features beside f32 activations".to_string()),
         };
     };
     scheme.check()?;
-    let group_size = weight.block().1;
-    match scheme.scales {
-        _ if scheme.dtype != ActivationType::Int8 => refuse(format!("activations of {scheme:?}")),
-        ActivationScales::PerTokenGroup(_) => refuse(format!("activations of {scheme:?}")),
+    let max = match scheme.dtype {
+        ActivationType::Int8 => MAX_INT8_GROUP,
+        ActivationType::UInt8 => MAX_UINT8_GROUP,
+        _ => return refuse(format!("activations of {scheme:?}")),
+    };
+    let k = weight.cols().max(1);
+    let activation_group = match scheme.scales {
+        ActivationScales::PerTokenGroup(group_size) => group_size.min(k),
         // The rest would have to be known before the scale is.
         ActivationScales::PerTensor if features => {
-            refuse("outlier features beside a scale that the batch shares".to_string())
+            return refuse("outlier features beside a scale that the batch shares".to_string());
         }
-        _ if group_size > MAX_INT8_GROUP => refuse(format!(
-            "int8 activations with groups of {group_size}: at most {MAX_INT8_GROUP} weights may share a scale"
-        )),
-        _ => Ok(()),
+        _ => k,
+    };
+    let (short, long) = (weight_group.min(activation_group), weight_group.max(activation_group));
+    if long < k && !long.is_multiple_of(short) {
+        return refuse(format!(
+            "activations in groups of {activation_group} beside weights in groups of {weight_group}: one must divide the other"
+        ));
     }
+    if short > max {
+        return refuse(format!(
+            "groups of {short} weights beside {:?} activations: at most {max} may share a scale",
+            scheme.dtype
+        ));
+    }
+    Ok(short)
 }
 
 impl core::fmt::Debug for PackedLinear {

@@ -88,25 +88,42 @@ fn scheme() -> impl Strategy<Value = QuantScheme> {
     })
 }
 
-/// Those that kernels know. At the static scale a part of the inputs saturates.
-fn activation() -> impl Strategy<Value = Option<ActivationScheme>> {
-    let int8 = |scales| Some(ActivationScheme { dtype: ActivationType::Int8, scales });
+/// Those that kernels know beside weights of this scheme. At the static scale a part of the inputs
+/// saturates.
+fn activation(scheme: QuantScheme, k: usize) -> impl Strategy<Value = Option<ActivationScheme>> {
+    use ActivationScales::{PerTensor, PerToken, PerTokenGroup, Static};
+    let with = |dtype, scales| Some(ActivationScheme { dtype, scales });
+    let int8 = move |scales| with(ActivationType::Int8, scales);
+    let uint8 = move |scales| with(ActivationType::UInt8, scales);
+    // One of the two groups divides the other, or there is one of them.
+    let weights = scheme.granularity.block(1, k).1;
+    let group = (1..70_usize).prop_map(move |group| match group / weights {
+        _ if weights >= k => group,
+        0 => (1..=group).rev().find(|&d| weights.is_multiple_of(d)).unwrap_or(1),
+        multiple => multiple * weights,
+    });
     prop_oneof![
-        2 => Just(None),
-        2 => Just(Some(ActivationScheme::INT8_PER_TOKEN)),
-        1 => Just(int8(ActivationScales::PerTensor)),
-        1 => Just(int8(ActivationScales::Static { scale: 0.0002, zero_point: 0 })),
+        3 => Just(None),
+        2 => Just(int8(PerToken)),
+        1 => Just(int8(PerTensor)),
+        1 => Just(int8(Static { scale: 0.0002, zero_point: 0 })),
+        2 => group.clone().prop_map(move |group| int8(PerTokenGroup(group))),
+        2 => Just(uint8(PerToken)),
+        1 => Just(uint8(PerTensor)),
+        1 => any::<u8>().prop_map(move |zero_point| uint8(Static { scale: 0.0002, zero_point })),
+        1 => group.prop_map(move |group| uint8(PerTokenGroup(group))),
     ]
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(192))]
+    #![proptest_config(ProptestConfig::with_cases(320))]
 
     #[test]
     fn every_kernel_computes_the_reference(
-        (m, n, k) in (0..9_usize, 0..70_usize, 0..150_usize),
-        scheme in scheme(),
-        activation in activation(),
+        (m, n) in (0..9_usize, 0..70_usize),
+        (k, scheme, activation) in (0..150_usize, scheme()).prop_flat_map(|(k, scheme)| {
+            (Just(k), Just(scheme), activation(scheme, k))
+        }),
         bias in any::<bool>(),
         extreme in any::<bool>(),
         seed in any::<u64>(),
@@ -243,8 +260,13 @@ fn what_no_kernel_computes_yet_is_an_error_when_it_is_packed() {
     let outliers = |layer: QLinear| layer.with_outliers(Some(Outliers::Threshold(6.0))).unwrap();
     for layer in [
         offset,
-        with(ActivationType::UInt8, ActivationScales::PerToken),
-        with(ActivationType::Int8, ActivationScales::PerTokenGroup(4)),
+        with(ActivationType::Int16, ActivationScales::PerToken),
+        quantize(QuantScheme::symmetric(8, Granularity::PerGroup(4))).with_activation(Some(
+            ActivationScheme {
+                dtype: ActivationType::Int8,
+                scales: ActivationScales::PerTokenGroup(6),
+            },
+        )),
         outliers(plain.clone()),
         outliers(with(ActivationType::Int8, ActivationScales::PerTensor)),
     ] {
@@ -291,10 +313,14 @@ fn every_kernel_is_right_around_the_edges_of_tiles_and_steps() {
 fn no_intermediate_saturates() {
     for bits in [4, 7, 8] {
         for zero in [ZeroFormat::Int, ZeroFormat::Midpoint] {
-            for k in [64, 4096] {
+            for (k, dtype) in [64, 4096]
+                .into_iter()
+                .flat_map(|k| [(k, ActivationType::Int8), (k, ActivationType::UInt8)])
+            {
                 let scheme =
                     QuantScheme { zero, ..QuantScheme::affine(bits, Granularity::PerChannel) };
-                let activation = Some(ActivationScheme::INT8_PER_TOKEN);
+                let scales = ActivationScales::PerToken;
+                let activation = Some(ActivationScheme { dtype, scales });
                 Problem { m: 2, n: 33, k, scheme, activation, bias: false, extreme: true, seed: 1 }
                     .check();
             }
@@ -402,33 +428,36 @@ fn a_kernel_that_is_not_there_is_an_error_that_lists_those_that_are() {
     assert!(error.contains("abacus") && error.contains("scalar"), "{error}");
 }
 
-#[test]
-fn a_group_whose_integer_sum_might_overflow_is_refused() {
-    let w = Mat::zeros(1, 66_312);
-    let q =
-        QMatrix::quantize(w.as_ref(), QuantScheme::symmetric(8, Granularity::PerChannel)).unwrap();
-    let layer = QLinear::new(q);
-    assert!(PackedLinear::new(&layer).is_ok());
-    let int8 = layer.with_activation(Some(ActivationScheme::INT8_PER_TOKEN));
-    assert!(matches!(PackedLinear::new(&int8), Err(Error::Unsupported { .. })));
-}
+/// The longest groups: `(2^31 − 1) / (255·128)` and `(2^31 − 1) / (255·255)`.
+const LONGEST: [(ActivationType, usize); 2] =
+    [(ActivationType::Int8, 65_793), (ActivationType::UInt8, 33_025)];
 
-/// All codes 255, zero 0, activations ±127: the largest integer sums there are.
-#[test]
-fn the_longest_group_does_not_overflow() {
-    let k = 66_311;
+fn long_layer(k: usize, dtype: ActivationType) -> QLinear {
     let w = Mat::from_fn(2, k, |_, _| 1.0);
     let q = QMatrix::quantize(w.as_ref(), QuantScheme::affine(8, Granularity::PerChannel)).unwrap();
     assert_eq!((q.codes()[0], q.params(0, 0).zero), (255, 0.0));
-    let layer = QLinear::new(q).with_activation(Some(ActivationScheme::INT8_PER_TOKEN));
-    let x = Mat::from_fn(2, k, |r, _| if r == 0 { 1.0 } else { -1.0 });
-    let mut expected = Mat::zeros(2, 2);
-    layer.forward(x.as_ref(), expected.as_mut(), &mut Context::new()).unwrap();
-    for kernel in kernels() {
-        let mut y = Mat::zeros(2, 2);
-        let packed = PackedLinear::with_kernel(&layer, kernel).unwrap();
-        packed.forward(x.as_ref(), y.as_mut(), &mut Context::new()).unwrap();
-        assert_eq!(y, expected, "{kernel}");
+    let scales = ActivationScales::PerToken;
+    QLinear::new(q).with_activation(Some(ActivationScheme { dtype, scales }))
+}
+
+#[test]
+fn a_group_whose_integer_sum_might_overflow_is_refused() {
+    for (dtype, longest) in LONGEST {
+        let layer = long_layer(longest + 1, dtype);
+        assert!(PackedLinear::new(&layer.clone().with_activation(None)).is_ok());
+        let error = PackedLinear::new(&layer).unwrap_err().to_string();
+        for number in [longest, longest + 1] {
+            assert!(error.contains(&number.to_string()), "{error}");
+        }
+    }
+}
+
+/// All codes 255, zero 0, activations at the end of their range: the largest integer sums there are.
+#[test]
+fn the_longest_group_does_not_overflow() {
+    for (dtype, longest) in LONGEST {
+        let x = Mat::from_fn(2, longest, |r, _| if r == 0 { 1.0 } else { -1.0 });
+        check(long_layer(longest, dtype), x);
     }
 }
 

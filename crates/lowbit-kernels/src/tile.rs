@@ -54,6 +54,8 @@ pub(crate) struct Panel<'a> {
     pub(crate) scales: &'a [[f32; NR]],
     /// `[groups][NR]`
     pub(crate) zeros: &'a [[u8; NR]],
+    /// `Σ (code − zero)`, `[groups][NR]`; empty unless activations have zeros, or scales for each group.
+    pub(crate) sums: &'a [[i32; NR]],
     pub(crate) storage: Storage,
     /// Steps of a full group.
     pub(crate) steps: usize,
@@ -76,11 +78,16 @@ impl Panel<'_> {
 }
 
 /// One row of int8 activations, each group padded with zeros to whole steps.
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, Default)]
 pub(crate) struct Int8Row<'a> {
+    /// In −127..=127, or −128..=127 if the panel has sums.
     pub(crate) codes: &'a [i8],
     /// `Σ codes` of each group.
     pub(crate) sums: &'a [i32],
+    /// What the codes of each group count from, and the group's own scale; read only if the panel has
+    /// sums.
+    pub(crate) zeros: &'a [i32],
+    pub(crate) scales: &'a [f32],
 }
 
 /// What a kernel has to bring: vectors of `L` lanes, one output feature each.
@@ -98,6 +105,7 @@ pub(crate) trait Isa<const L: usize>: Copy {
     fn load_codes(self, codes: &[[u8; 4]; L]) -> Self::I32;
     /// `zeros − offset`
     fn load_zeros(self, zeros: &[u8; L], offset: i32) -> Self::I32;
+    fn load_i32(self, x: &[i32; L]) -> Self::I32;
     fn load_f32(self, x: &[f32; L]) -> Self::F32;
     fn store_f32(self, x: Self::F32, to: &mut [f32; L]);
     fn splat_a(self, a: [i8; 4]) -> Self::I32;
@@ -106,33 +114,37 @@ pub(crate) trait Isa<const L: usize>: Copy {
     /// The low and the high halves of all bytes.
     fn nibbles(self, codes: Self::I32) -> (Self::I32, Self::I32);
 
-    /// `acc + Σ_{i<4} code_i·a_i` in every lane, exactly. Codes lie in 0..=15.
+    /// `acc + Σ_{i<4} code_i·a_i` in every lane, exactly. Codes lie in 0..=15, a in −128..=127.
     fn dot_nibbles(self, acc: Self::I32, codes: Self::I32, a: Self::I32) -> Self::I32;
 
-    /// `acc + Σ_{i<4} (code_i − BYTES_OFFSET)·a_i` in every lane, exactly. Codes lie in 0..=255.
+    /// `acc + Σ_{i<4} (code_i − BYTES_OFFSET)·a_i` in every lane, exactly. Codes lie in 0..=255, a in
+    /// −127..=127.
     fn dot_bytes(self, acc: Self::I32, codes: Self::I32, a: Self::I32) -> Self::I32;
 
-    /// `acc + f32(dot − zero·sum)·scale`, product and sum rounded one after the other.
-    fn flush(
-        self,
-        acc: Self::F32,
-        dot: Self::I32,
-        zero: Self::I32,
-        sum: i32,
-        scale: Self::F32,
-    ) -> Self::F32;
+    /// As [`dot_bytes`](Self::dot_bytes), with a in −128..=127.
+    #[inline(always)]
+    fn dot_bytes_by_any(self, acc: Self::I32, codes: Self::I32, a: Self::I32) -> Self::I32 {
+        self.dot_bytes(acc, codes, a)
+    }
+
+    /// `acc − x·by`, modulo 2^32.
+    fn sub_mul(self, acc: Self::I32, x: Self::I32, by: i32) -> Self::I32;
 
     /// `f32((codes >> shift) & mask)`
     fn level<const SHIFT: u32, const MASK: i32>(self, codes: Self::I32) -> Self::F32;
 
     fn to_f32(self, x: Self::I32) -> Self::F32;
+    fn add(self, a: Self::F32, b: Self::F32) -> Self::F32;
+    fn mul(self, a: Self::F32, b: Self::F32) -> Self::F32;
     fn sub(self, a: Self::F32, b: Self::F32) -> Self::F32;
 
     /// `acc + a·b`, fused where the CPU can.
     fn mul_add(self, acc: Self::F32, a: Self::F32, b: Self::F32) -> Self::F32;
 }
 
-/// `out[row] = Σ_groups scale·Σ (code − zero)·a` for one panel and up to [`MR`] rows.
+/// `out[row] = Σ_groups Σ (code − zero)·a · scale` for one panel and up to [`MR`] rows, every product
+/// and sum of f32 rounded on its own. With a panel that has sums,
+/// `out[row] = Σ_groups Σ (code − zero)·(a − row's zero) · scale · row's scale`.
 ///
 /// Tiles have `R` rows by `NV` vectors, as many as there are registers for; `H` of them side by side
 /// make a panel. Rows that are left over make tiles of `R2` and of `R3`, and the last ones go one by
@@ -153,10 +165,17 @@ pub(crate) fn int8<
     rows: &[Int8Row<'_>],
     out: &mut [[f32; NR]],
 ) {
-    let (rows, out) = int8_tiles::<V, R, H, NV, L>(isa, panel, rows, out);
-    let (rows, out) = int8_tiles::<V, R2, H, NV, L>(isa, panel, rows, out);
-    let (rows, out) = int8_tiles::<V, R3, H, NV, L>(isa, panel, rows, out);
-    int8_tiles::<V, 1, 1, PANEL, L>(isa, panel, rows, out);
+    if panel.sums.is_empty() {
+        let (rows, out) = int8_tiles::<V, R, H, NV, L, false>(isa, panel, rows, out);
+        let (rows, out) = int8_tiles::<V, R2, H, NV, L, false>(isa, panel, rows, out);
+        let (rows, out) = int8_tiles::<V, R3, H, NV, L, false>(isa, panel, rows, out);
+        int8_tiles::<V, 1, 1, PANEL, L, false>(isa, panel, rows, out);
+    } else {
+        let (rows, out) = int8_tiles::<V, R, H, NV, L, true>(isa, panel, rows, out);
+        let (rows, out) = int8_tiles::<V, R2, H, NV, L, true>(isa, panel, rows, out);
+        let (rows, out) = int8_tiles::<V, R3, H, NV, L, true>(isa, panel, rows, out);
+        int8_tiles::<V, 1, 1, PANEL, L, true>(isa, panel, rows, out);
+    }
 }
 
 /// As many tiles of `R` rows as there are; the rows that are left over.
@@ -169,6 +188,7 @@ fn int8_tiles<
     const H: usize,
     const NV: usize,
     const L: usize,
+    const AFFINE: bool,
 >(
     isa: V,
     panel: &Panel<'_>,
@@ -177,7 +197,7 @@ fn int8_tiles<
 ) -> (&'r [Int8Row<'r>], &'o mut [[f32; NR]]) {
     let ((full, rest), (full_out, rest_out)) = (rows.as_chunks::<R>(), out.as_chunks_mut::<R>());
     for (rows, out) in full.iter().zip(full_out) {
-        int8_rows::<V, R, H, NV, L>(isa, panel, rows, out);
+        int8_rows::<V, R, H, NV, L, AFFINE>(isa, panel, rows, out);
     }
     (rest, rest_out)
 }
@@ -186,7 +206,14 @@ fn int8_tiles<
 // that is not compiled for the instruction set at hand.
 #[allow(clippy::needless_range_loop, reason = "see above")]
 #[inline(always)]
-fn int8_rows<V: Isa<L>, const R: usize, const H: usize, const NV: usize, const L: usize>(
+fn int8_rows<
+    V: Isa<L>,
+    const R: usize,
+    const H: usize,
+    const NV: usize,
+    const L: usize,
+    const AFFINE: bool,
+>(
     isa: V,
     panel: &Panel<'_>,
     rows: &[Int8Row<'_>; R],
@@ -234,24 +261,33 @@ fn int8_rows<V: Isa<L>, const R: usize, const H: usize, const NV: usize, const L
                         for r in 0..R {
                             let a = isa.splat_a(a[r][s]);
                             for v in 0..NV {
-                                dots[r][v] = isa.dot_bytes(dots[r][v], loaded[v], a);
+                                dots[r][v] = match AFFINE {
+                                    false => isa.dot_bytes(dots[r][v], loaded[v], a),
+                                    true => isa.dot_bytes_by_any(dots[r][v], loaded[v], a),
+                                };
                             }
                         }
                     }
                     V::BYTES_OFFSET
                 }
             };
-            flush_group(isa, panel, (g, h, offset), rows, &dots, &mut total);
+            flush_group::<V, R, NV, L, AFFINE>(isa, panel, (g, h, offset), rows, &dots, &mut total);
         }
         store(isa, h, &total, out);
     }
 }
 
 /// Adds the integer sums of group `g` to the totals of the `h`th part of a panel. `offset` has been
-/// subtracted from every code.
+/// subtracted from every code. `AFFINE` says whether the panel has sums.
 #[allow(clippy::needless_range_loop, reason = "as in int8_rows")]
 #[inline(always)]
-pub(crate) fn flush_group<V: Isa<L>, const R: usize, const NV: usize, const L: usize>(
+pub(crate) fn flush_group<
+    V: Isa<L>,
+    const R: usize,
+    const NV: usize,
+    const L: usize,
+    const AFFINE: bool,
+>(
     isa: V,
     panel: &Panel<'_>,
     (g, h, offset): (usize, usize, i32),
@@ -265,7 +301,17 @@ pub(crate) fn flush_group<V: Isa<L>, const R: usize, const NV: usize, const L: u
         let scale = isa.load_f32(&scales[h][v]);
         let zero = isa.load_zeros(&zeros[h][v], offset);
         for r in 0..R {
-            total[r][v] = isa.flush(total[r][v], dots[r][v], zero, rows[r].sums[g], scale);
+            // The difference fits; dot and zero·sum alone need not, and wrap around consistently.
+            let mut dot = isa.sub_mul(dots[r][v], zero, rows[r].sums[g]);
+            if AFFINE {
+                let sums: &[[[i32; L]; NV]] = bytemuck::cast_slice(&panel.sums[g]);
+                dot = isa.sub_mul(dot, isa.load_i32(&sums[h][v]), rows[r].zeros[g]);
+            }
+            let mut term = isa.mul(isa.to_f32(dot), scale);
+            if AFFINE {
+                term = isa.mul(term, isa.splat_f32(rows[r].scales[g]));
+            }
+            total[r][v] = isa.add(total[r][v], term);
         }
     }
 }
@@ -385,7 +431,6 @@ fn f32_rows<V: Isa<L>, const R: usize, const H: usize, const NV: usize, const L:
 pub(crate) fn peak<V: Isa<L>, const L: usize>(isa: V, peak: Peak, rounds: u64) -> f64 {
     const ACCUMULATORS: usize = 12;
     let mut out = [0.0; L];
-    let scale = isa.splat_f32(1.0);
     let per_operation = match peak {
         Peak::Int8 => {
             let (codes, a) = ([[7; 4]; L], [3; 4]);
@@ -398,14 +443,14 @@ pub(crate) fn peak<V: Isa<L>, const L: usize>(isa: V, peak: Peak, rounds: u64) -
                 }
             }
             for dot in dots {
-                let sum = isa.flush(isa.splat_f32(0.0), dot, isa.zero_i32(), 0, scale);
-                isa.store_f32(sum, &mut out);
+                isa.store_f32(isa.to_f32(dot), &mut out);
                 black_box(&out);
             }
             8
         }
         Peak::F32 => {
             let x = isa.load_f32(&black_box([0.75; L]));
+            let scale = isa.splat_f32(1.0);
             let mut sums = [isa.zero_f32(); ACCUMULATORS];
             for _ in 0..rounds {
                 for i in 0..ACCUMULATORS {

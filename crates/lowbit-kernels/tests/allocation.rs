@@ -9,8 +9,8 @@ use std::{
 };
 
 use lowbit_core::{
-    ActivationScheme, Context, Granularity, Linear, Mat, Outliers, QLinear, QMatrix, QuantScheme,
-    Transform,
+    ActivationScales, ActivationScheme, ActivationType, Context, Granularity, Linear, Mat,
+    Outliers, QLinear, QMatrix, QuantScheme, Transform,
 };
 use lowbit_kernels::{PackedLinear, kernels};
 
@@ -50,6 +50,10 @@ fn a_warm_context_allocates_nothing() {
     let int8 = layer.clone().with_activation(Some(ActivationScheme::INT8_PER_TOKEN));
     let outliers = int8.clone().with_outliers(Some(Outliers::Threshold(6.0))).unwrap();
     let rotated = int8.clone().with_transforms(vec![Transform::hadamard(k, 1)]).unwrap();
+    let uint8 = layer.clone().with_activation(Some(ActivationScheme {
+        dtype: ActivationType::UInt8,
+        scales: ActivationScales::PerTokenGroup(64),
+    }));
     let pool = Arc::new(rayon::ThreadPoolBuilder::new().num_threads(2).build().unwrap());
     // Threads that start allocate: all of them have started, and taken work, before anything counts.
     for _ in 0..100 {
@@ -57,7 +61,7 @@ fn a_warm_context_allocates_nothing() {
         pool.install(|| rayon::join(|| (), || ()));
     }
     for kernel in kernels() {
-        for layer in [&layer, &int8, &outliers, &rotated] {
+        for layer in [&layer, &int8, &uint8, &outliers, &rotated] {
             let packed = PackedLinear::with_kernel(layer, kernel).unwrap();
             let mut y = Mat::zeros(m, n);
             let mut count = |ctx: &mut Context| {

@@ -115,6 +115,12 @@ impl<const VNNI: bool> Isa<8> for Avx<VNNI> {
     }
 
     #[inline(always)]
+    fn load_i32(self, x: &[i32; 8]) -> __m256i {
+        // SAFETY: see above.
+        unsafe { _mm256_loadu_si256(x.as_ptr().cast()) }
+    }
+
+    #[inline(always)]
     fn load_f32(self, x: &[f32; 8]) -> __m256 {
         // SAFETY: see above.
         unsafe { _mm256_loadu_ps(x.as_ptr()) }
@@ -156,7 +162,7 @@ impl<const VNNI: bool> Isa<8> for Avx<VNNI> {
             if VNNI {
                 return _mm256_dpbusd_avx_epi32(acc, codes, a);
             }
-            let pairs = _mm256_maddubs_epi16(codes, a); // at most 2·15·127 = 3810
+            let pairs = _mm256_maddubs_epi16(codes, a); // at most 2·15·128 = 3840
             _mm256_add_epi32(acc, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)))
         }
     }
@@ -176,13 +182,26 @@ impl<const VNNI: bool> Isa<8> for Avx<VNNI> {
     }
 
     #[inline(always)]
-    fn flush(self, acc: __m256, dot: __m256i, zero: __m256i, sum: i32, scale: __m256) -> __m256 {
+    fn dot_bytes_by_any(self, acc: __m256i, codes: __m256i, a: __m256i) -> __m256i {
+        if VNNI {
+            return self.dot_bytes(acc, codes, a);
+        }
         // SAFETY: see above.
         unsafe {
-            let shift = _mm256_mullo_epi32(zero, _mm256_set1_epi32(sum));
-            let exact = _mm256_cvtepi32_ps(_mm256_sub_epi32(dot, shift));
-            _mm256_add_ps(acc, _mm256_mul_ps(exact, scale))
+            let w = _mm256_xor_si256(codes, _mm256_set1_epi8(i8::MIN)); // code − 128
+            // Widened to 16 bits, the even bytes and the odd ones.
+            let even_w = _mm256_srai_epi16::<8>(_mm256_slli_epi16::<8>(w));
+            let even_a = _mm256_srai_epi16::<8>(_mm256_slli_epi16::<8>(a));
+            let (odd_w, odd_a) = (_mm256_srai_epi16::<8>(w), _mm256_srai_epi16::<8>(a));
+            let acc = _mm256_add_epi32(acc, _mm256_madd_epi16(even_w, even_a));
+            _mm256_add_epi32(acc, _mm256_madd_epi16(odd_w, odd_a))
         }
+    }
+
+    #[inline(always)]
+    fn sub_mul(self, acc: __m256i, x: __m256i, by: i32) -> __m256i {
+        // SAFETY: see above.
+        unsafe { _mm256_sub_epi32(acc, _mm256_mullo_epi32(x, _mm256_set1_epi32(by))) }
     }
 
     #[inline(always)]
@@ -198,6 +217,18 @@ impl<const VNNI: bool> Isa<8> for Avx<VNNI> {
     fn to_f32(self, x: __m256i) -> __m256 {
         // SAFETY: see above.
         unsafe { _mm256_cvtepi32_ps(x) }
+    }
+
+    #[inline(always)]
+    fn add(self, a: __m256, b: __m256) -> __m256 {
+        // SAFETY: see above.
+        unsafe { _mm256_add_ps(a, b) }
+    }
+
+    #[inline(always)]
+    fn mul(self, a: __m256, b: __m256) -> __m256 {
+        // SAFETY: see above.
+        unsafe { _mm256_mul_ps(a, b) }
     }
 
     #[inline(always)]

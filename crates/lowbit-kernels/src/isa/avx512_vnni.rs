@@ -86,6 +86,12 @@ impl Isa<16> for Avx512Vnni {
     }
 
     #[inline(always)]
+    fn load_i32(self, x: &[i32; 16]) -> __m512i {
+        // SAFETY: see above.
+        unsafe { _mm512_loadu_si512(x.as_ptr().cast()) }
+    }
+
+    #[inline(always)]
     fn load_f32(self, x: &[f32; 16]) -> __m512 {
         // SAFETY: see above.
         unsafe { _mm512_loadu_ps(x.as_ptr()) }
@@ -132,13 +138,9 @@ impl Isa<16> for Avx512Vnni {
     }
 
     #[inline(always)]
-    fn flush(self, acc: __m512, dot: __m512i, zero: __m512i, sum: i32, scale: __m512) -> __m512 {
+    fn sub_mul(self, acc: __m512i, x: __m512i, by: i32) -> __m512i {
         // SAFETY: see above.
-        unsafe {
-            let shift = _mm512_mullo_epi32(zero, _mm512_set1_epi32(sum));
-            let exact = _mm512_cvtepi32_ps(_mm512_sub_epi32(dot, shift));
-            _mm512_add_ps(acc, _mm512_mul_ps(exact, scale))
-        }
+        unsafe { _mm512_sub_epi32(acc, _mm512_mullo_epi32(x, _mm512_set1_epi32(by))) }
     }
 
     #[inline(always)]
@@ -154,6 +156,18 @@ impl Isa<16> for Avx512Vnni {
     fn to_f32(self, x: __m512i) -> __m512 {
         // SAFETY: see above.
         unsafe { _mm512_cvtepi32_ps(x) }
+    }
+
+    #[inline(always)]
+    fn add(self, a: __m512, b: __m512) -> __m512 {
+        // SAFETY: see above.
+        unsafe { _mm512_add_ps(a, b) }
+    }
+
+    #[inline(always)]
+    fn mul(self, a: __m512, b: __m512) -> __m512 {
+        // SAFETY: see above.
+        unsafe { _mm512_mul_ps(a, b) }
     }
 
     #[inline(always)]

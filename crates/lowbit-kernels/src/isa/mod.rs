@@ -121,36 +121,48 @@ mod tests {
     /// Equal products in all bytes of a step: the largest sums that each pair can come into.
     #[test]
     fn every_kernel_multiplies_every_code_by_every_activation() {
-        let activations: Vec<i8> = (-127..=127).collect();
         for (storage, codes) in [(Storage::Bytes, 0..=255_u8), (Storage::Nibbles, 0..=15)] {
             let codes: Vec<u8> = codes.collect();
-            for zero in [0, *codes.last().unwrap()] {
+            let k = storage.k_per_step();
+            for (zero, affine) in [0, *codes.last().unwrap()]
+                .into_iter()
+                .flat_map(|zero| [(zero, false), (zero, true)])
+            {
+                let activations: Vec<i8> = if affine { -128..=127 } else { -127..=127 }.collect();
                 for codes in codes.chunks(NR) {
                     let code = |n: usize| codes[n % codes.len()];
+                    let w = |n: usize| i32::from(code(n)) - i32::from(zero);
                     let bytes: [[u8; 4]; NR] = core::array::from_fn(|n| match storage {
                         Storage::Bytes => [code(n); 4],
                         Storage::Nibbles => [code(n) * 17; 4],
                     });
-                    let (scales, zeros) = ([[1.0; NR]], [[zero; NR]]);
-                    let codes = bytes.as_flattened();
-                    let panel = Panel { codes, scales: &scales, zeros: &zeros, storage, steps: 1 };
+                    let sums = [core::array::from_fn(|n| k as i32 * w(n))];
+                    let panel = Panel {
+                        codes: bytes.as_flattened(),
+                        scales: &[[1.0; NR]],
+                        zeros: &[[zero; NR]],
+                        sums: if affine { &sums } else { &[] },
+                        storage,
+                        steps: 1,
+                    };
                     for activations in activations.chunks(8) {
-                        let k = storage.k_per_step();
                         let rows: Vec<_> = activations
                             .iter()
                             .map(|&a| (vec![a; k], [k as i32 * i32::from(a)]))
                             .collect();
+                        let row =
+                            |(codes, sums)| Int8Row { codes, sums, zeros: &[5], scales: &[0.5] };
                         let rows: Vec<_> =
-                            rows.iter().map(|(codes, sums)| Int8Row { codes, sums }).collect();
+                            rows.iter().map(|(a, b)| row((&a[..], &b[..]))).collect();
                         for kernel in available() {
                             let mut out = vec![[f32::NAN; NR]; rows.len()];
                             kernel.int8(&panel, &rows, &mut out);
-                            for (a, out) in activations.iter().zip(out) {
+                            for (&a, out) in activations.iter().zip(out) {
+                                let (row_zero, scale) = if affine { (5, 0.5) } else { (0, 1.0) };
                                 for (n, out) in out.into_iter().enumerate() {
-                                    let w = i32::from(code(n)) - i32::from(zero);
-                                    let expected = k as i32 * i32::from(*a) * w;
-                                    let name = kernel.name;
-                                    assert_eq!(out, expected as f32, "{name}, {} by {a}", code(n));
+                                    let dot = k as i32 * (i32::from(a) - row_zero) * w(n);
+                                    let (name, expected) = (kernel.name, dot as f32 * scale);
+                                    assert_eq!(out, expected, "{name}, {} by {a}", code(n));
                                 }
                             }
                         }

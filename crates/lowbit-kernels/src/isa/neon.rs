@@ -140,7 +140,14 @@ fn usdot(mut acc: int32x4_t, codes: int32x4_t, a: int32x4_t) -> int32x4_t {
     acc
 }
 
-/// As [`sdot`], where no `a` is −128: of `|w| ≤ 128` and `|a| ≤ 127`, two products add up to at most
+/// `code − 128` of every byte, signed.
+#[inline]
+#[target_feature(enable = "neon")]
+fn less_128(codes: int32x4_t) -> int32x4_t {
+    vreinterpretq_s32_s8(veorq_s8(vreinterpretq_s8_s32(codes), vdupq_n_s8(i8::MIN)))
+}
+
+/// As [`sdot`], where no `a` is −128 (or codes are nibbles): of `|w| ≤ 128` and `|a| ≤ 127`, two products add up to at most
 /// 2·128·127 = 32512, which fits an i16.
 #[inline]
 #[target_feature(enable = "neon")]
@@ -148,6 +155,15 @@ fn smull(acc: int32x4_t, w: int32x4_t, a: int32x4_t) -> int32x4_t {
     let (w, a) = (vreinterpretq_s8_s32(w), vreinterpretq_s8_s32(a));
     let (low, high) = (vmull_s8(vget_low_s8(w), vget_low_s8(a)), vmull_high_s8(w, a));
     vpadalq_s16(acc, vpaddq_s16(low, high))
+}
+
+/// As [`sdot`]: products are added in 32 bits.
+#[inline]
+#[target_feature(enable = "neon")]
+fn smull_by_any(acc: int32x4_t, w: int32x4_t, a: int32x4_t) -> int32x4_t {
+    let (w, a) = (vreinterpretq_s8_s32(w), vreinterpretq_s8_s32(a));
+    let (low, high) = (vmull_s8(vget_low_s8(w), vget_low_s8(a)), vmull_high_s8(w, a));
+    vaddq_s32(acc, vpaddq_s32(vpaddlq_s16(low), vpaddlq_s16(high)))
 }
 
 // SAFETY (of every block below): `self` proves neon, and dotprod or i8mm if DOT is SDOT or USDOT;
@@ -185,6 +201,12 @@ impl<const DOT: u8> Isa<4> for Neon<DOT> {
             let zeros = vmovl_u16(vget_low_u16(vmovl_u8(zeros)));
             vsubq_s32(vreinterpretq_s32_u32(zeros), vdupq_n_s32(offset))
         }
+    }
+
+    #[inline(always)]
+    fn load_i32(self, x: &[i32; 4]) -> int32x4_t {
+        // SAFETY: see above.
+        unsafe { vld1q_s32(x.as_ptr()) }
     }
 
     #[inline(always)]
@@ -239,27 +261,23 @@ impl<const DOT: u8> Isa<4> for Neon<DOT> {
             return self.dot_nibbles(acc, codes, a);
         }
         // SAFETY: see above.
-        let w = unsafe {
-            let sign = vdupq_n_s8(i8::MIN);
-            vreinterpretq_s32_s8(veorq_s8(vreinterpretq_s8_s32(codes), sign)) // code − 128
-        };
+        let w = unsafe { less_128(codes) };
         self.dot_nibbles(acc, w, a)
     }
 
     #[inline(always)]
-    fn flush(
-        self,
-        acc: float32x4_t,
-        dot: int32x4_t,
-        zero: int32x4_t,
-        sum: i32,
-        scale: float32x4_t,
-    ) -> float32x4_t {
-        // SAFETY: see above.
-        unsafe {
-            let exact = vcvtq_f32_s32(vmlsq_s32(dot, zero, vdupq_n_s32(sum)));
-            vaddq_f32(acc, vmulq_f32(exact, scale))
+    fn dot_bytes_by_any(self, acc: int32x4_t, codes: int32x4_t, a: int32x4_t) -> int32x4_t {
+        if DOT != SMULL {
+            return self.dot_bytes(acc, codes, a);
         }
+        // SAFETY: see above.
+        unsafe { smull_by_any(acc, less_128(codes), a) }
+    }
+
+    #[inline(always)]
+    fn sub_mul(self, acc: int32x4_t, x: int32x4_t, by: i32) -> int32x4_t {
+        // SAFETY: see above.
+        unsafe { vmlsq_s32(acc, x, vdupq_n_s32(by)) }
     }
 
     #[inline(always)]
@@ -276,6 +294,18 @@ impl<const DOT: u8> Isa<4> for Neon<DOT> {
     fn to_f32(self, x: int32x4_t) -> float32x4_t {
         // SAFETY: see above.
         unsafe { vcvtq_f32_s32(x) }
+    }
+
+    #[inline(always)]
+    fn add(self, a: float32x4_t, b: float32x4_t) -> float32x4_t {
+        // SAFETY: see above.
+        unsafe { vaddq_f32(a, b) }
+    }
+
+    #[inline(always)]
+    fn mul(self, a: float32x4_t, b: float32x4_t) -> float32x4_t {
+        // SAFETY: see above.
+        unsafe { vmulq_f32(a, b) }
     }
 
     #[inline(always)]

@@ -48,6 +48,10 @@ impl Isa<8> for Scalar {
         zeros.map(|zero| i32::from(zero) - offset)
     }
 
+    fn load_i32(self, x: &[i32; 8]) -> [i32; 8] {
+        *x
+    }
+
     fn load_f32(self, x: &[f32; 8]) -> [f32; 8] {
         *x
     }
@@ -76,17 +80,8 @@ impl Isa<8> for Scalar {
         dot4(acc, codes, a)
     }
 
-    fn flush(
-        self,
-        acc: [f32; 8],
-        dot: [i32; 8],
-        zero: [i32; 8],
-        sum: i32,
-        scale: [f32; 8],
-    ) -> [f32; 8] {
-        // The difference fits; dot and zero·sum alone need not, and wrap around consistently.
-        let exact = |i: usize| dot[i].wrapping_sub(zero[i].wrapping_mul(sum));
-        core::array::from_fn(|i| acc[i] + exact(i) as f32 * scale[i])
+    fn sub_mul(self, acc: [i32; 8], x: [i32; 8], by: i32) -> [i32; 8] {
+        core::array::from_fn(|i| acc[i].wrapping_sub(x[i].wrapping_mul(by)))
     }
 
     fn level<const SHIFT: u32, const MASK: i32>(self, codes: [i32; 8]) -> [f32; 8] {
@@ -95,6 +90,14 @@ impl Isa<8> for Scalar {
 
     fn to_f32(self, x: [i32; 8]) -> [f32; 8] {
         x.map(|x| x as f32)
+    }
+
+    fn add(self, a: [f32; 8], b: [f32; 8]) -> [f32; 8] {
+        core::array::from_fn(|i| a[i] + b[i])
+    }
+
+    fn mul(self, a: [f32; 8], b: [f32; 8]) -> [f32; 8] {
+        core::array::from_fn(|i| a[i] * b[i])
     }
 
     fn sub(self, a: [f32; 8], b: [f32; 8]) -> [f32; 8] {
