@@ -12,7 +12,7 @@ use rayon::prelude::*;
 
 use crate::{
     packed::{PackedLinear, has_zeros_or_groups},
-    tile::{Int8Row, MR, NR},
+    tile::{Int8Row, MR, NR, Panel},
 };
 
 /// Multiplications below which handing out tasks costs more than it gains.
@@ -114,12 +114,11 @@ impl PackedLinear {
         });
         let padded = &*padded;
         self.tiles(y, threads, |panel, rows, out| {
-            let panel = self.panel(panel);
             let mut x = [&[][..]; MR];
             for (x, row) in x.iter_mut().zip(rows.clone()) {
                 *x = &padded[row * width..][..width];
             }
-            self.microkernel().f32(&panel, &x[..rows.len()], out);
+            self.microkernel().f32(panel, &x[..rows.len()], out);
         });
         Ok(())
     }
@@ -168,13 +167,12 @@ impl PackedLinear {
             }
         }
         self.tiles(y.reborrow(), threads, |panel, rows, out| {
-            let panel = self.panel(panel);
             let mut a = [Int8Row::default(); MR];
             let mut scales = [0.0; MR];
             for ((a, scale), r) in a.iter_mut().zip(&mut scales).zip(rows.clone()) {
                 (*scale, *a) = row(r);
             }
-            self.microkernel().int8(&panel, &a[..rows.len()], out);
+            self.microkernel().int8(panel, &a[..rows.len()], out);
             for (out, scale) in out.iter_mut().zip(scales) {
                 for y in out {
                     *y *= scale;
@@ -286,7 +284,7 @@ impl PackedLinear {
         &self,
         y: MatMut<'_, f32>,
         threads: Threads<'_>,
-        tile: impl Fn(usize, Range<usize>, &mut [[f32; NR]]) + Sync,
+        tile: impl Fn(&Panel<'_>, Range<usize>, &mut [[f32; NR]]) + Sync,
     ) {
         let ((m, n), stride) = (y.shape(), y.row_stride());
         let y = Columns { start: y.into_data().as_mut_ptr(), stride, m, n };
@@ -302,10 +300,18 @@ impl PackedLinear {
             let cols = panel * NR..n.min(panel * NR + NR);
             let bias = self.bias().map(|bias| &bias[cols.clone()]);
             let last = m.min(first + kernel.task_rows);
+            let mut codes = self.panel(panel);
+            let next: &[u8] = if kernel.keeps_rows && panel + 1 < panels {
+                self.panel(panel + 1).codes
+            } else {
+                &[]
+            };
             for row in (first..last).step_by(kernel.rows) {
                 let rows = row..last.min(row + kernel.rows);
                 let mut out = [[0.0; NR]; MR];
-                tile(panel, rows.clone(), &mut out[..rows.len()]);
+                let part = |row: usize| next.len() * (row - first) / (last - first);
+                codes.next = &next[part(rows.start)..part(rows.end)];
+                tile(&codes, rows.clone(), &mut out[..rows.len()]);
                 for (row, out) in rows.zip(&out) {
                     #[allow(
                         unsafe_code,

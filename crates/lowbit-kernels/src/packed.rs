@@ -245,6 +245,7 @@ impl PackedLinear {
             },
             storage: self.storage,
             steps: self.storage.steps_of_group(self.group.0),
+            next: &[],
         }
     }
 }

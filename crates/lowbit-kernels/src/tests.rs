@@ -120,7 +120,7 @@ proptest! {
 
     #[test]
     fn every_kernel_computes_the_reference(
-        (m, n) in (0..9_usize, 0..70_usize),
+        (m, n) in (prop_oneof![2 => 0..9_usize, 1 => 9..70_usize], 0..70_usize),
         (k, scheme, activation) in (0..150_usize, scheme()).prop_flat_map(|(k, scheme)| {
             (Just(k), Just(scheme), activation(scheme, k))
         }),
@@ -308,6 +308,44 @@ fn every_kernel_is_right_around_the_edges_of_tiles_and_steps() {
     }
 }
 
+fn uint8_per_group(group_size: usize) -> ActivationScheme {
+    let scales = ActivationScales::PerTokenGroup(group_size);
+    ActivationScheme { dtype: ActivationType::UInt8, scales }
+}
+
+/// Tiles of AMX are 16 rows by 64 features, and 1024 features of nibbles are widened at a time.
+#[test]
+fn every_kernel_is_right_around_the_edges_of_blocks_and_groups() {
+    for bits in [4, 8] {
+        for (m, n, k, group_size) in [
+            (7, 32, 64, 64),
+            (8, 33, 128, 64),
+            (9, 1, 60, 60),
+            (15, 32, 65, 32),
+            (16, 64, 192, 96),
+            (17, 31, 200, 100),
+            (31, 32, 260, 128),
+            (32, 40, 1024, 512),
+            (33, 32, 1100, 1100),
+            (40, 32, 2113, 2113),
+            (47, 96, 63, 20),
+            (65, 32, 3200, 1600),
+            (300, 70, 68, 36),
+        ] {
+            let scheme = QuantScheme::affine(bits, Granularity::PerGroup(group_size));
+            for (activation, extreme) in [
+                (ActivationScheme::INT8_PER_TOKEN, false),
+                (ActivationScheme::INT8_PER_TOKEN, true),
+                (uint8_per_group(group_size), false),
+                (uint8_per_group(group_size), true),
+            ] {
+                let activation = Some(activation);
+                Problem { m, n, k, scheme, activation, bias: true, extreme, seed: 11 }.check();
+            }
+        }
+    }
+}
+
 /// 255·127 + 255·127 = 64770 does not fit the i16 that `vpmaddubsw` saturates to.
 #[test]
 fn no_intermediate_saturates() {
@@ -321,8 +359,8 @@ fn no_intermediate_saturates() {
                     QuantScheme { zero, ..QuantScheme::affine(bits, Granularity::PerChannel) };
                 let scales = ActivationScales::PerToken;
                 let activation = Some(ActivationScheme { dtype, scales });
-                Problem { m: 2, n: 33, k, scheme, activation, bias: false, extreme: true, seed: 1 }
-                    .check();
+                let (bias, extreme) = (false, true);
+                Problem { m: 10, n: 33, k, scheme, activation, bias, extreme, seed: 1 }.check();
             }
         }
     }
@@ -456,16 +494,26 @@ fn a_group_whose_integer_sum_might_overflow_is_refused() {
 #[test]
 fn the_longest_group_does_not_overflow() {
     for (dtype, longest) in LONGEST {
-        let x = Mat::from_fn(2, longest, |r, _| if r == 0 { 1.0 } else { -1.0 });
+        let x = Mat::from_fn(8, longest, |r, _| if r == 0 { 1.0 } else { -1.0 });
         check(long_layer(longest, dtype), x);
     }
 }
 
-/// The table says which kernels a run has covered; a test run shows it with `--nocapture`.
+/// Prints what a run has covered (with `--nocapture`) and fails if a kernel that
+/// `LOWBIT_TEST_KERNELS` names is not among it.
 #[test]
-fn scalar_is_always_covered() {
-    println!("kernels covered: {}", kernels().collect::<Vec<_>>().join(", "));
-    assert!(kernels().any(|name| name == "scalar"));
+fn the_kernels_that_must_be_covered_are() {
+    let covered: Vec<_> = kernels().collect();
+    println!("kernels covered: {}", covered.join(", "));
+    #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+    if covered.contains(&"amx_int8") && crate::isa::amx_emulator::is_used() {
+        println!("amx_int8 on emulated instructions: this CPU has none");
+    }
+    let required = std::env::var("LOWBIT_TEST_KERNELS").unwrap_or_default();
+    for name in required.split(',').map(str::trim).filter(|name| !name.is_empty()) {
+        assert!(covered.contains(&name), "{name} must be covered, and is not: {covered:?}");
+    }
+    assert!(covered.contains(&"scalar"));
 }
 
 #[test]

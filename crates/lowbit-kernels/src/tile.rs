@@ -59,18 +59,20 @@ pub(crate) struct Panel<'a> {
     pub(crate) storage: Storage,
     /// Steps of a full group.
     pub(crate) steps: usize,
+    /// Codes that a later call reads, to be fetched into L2 meanwhile.
+    pub(crate) next: &'a [u8],
 }
 
 impl Panel<'_> {
     /// Input features of a full group, padded to whole steps.
     #[inline(always)]
-    fn padded_group(&self) -> usize {
+    pub(crate) fn padded_group(&self) -> usize {
         self.steps * self.storage.k_per_step()
     }
 
     /// The codes of group `g`; the last group may be shorter.
     #[inline(always)]
-    fn codes_of(&self, g: usize) -> &[u8] {
+    pub(crate) fn codes_of(&self, g: usize) -> &[u8] {
         let full = self.steps * 4 * NR;
         let rest = &self.codes[g * full..];
         &rest[..if rest.len() < full { rest.len() } else { full }]

@@ -24,27 +24,27 @@ pub(super) const KERNEL: Kernel = Kernel {
 };
 
 #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
-fn int8(panel: &Panel<'_>, rows: &[Int8Row<'_>], out: &mut [[f32; NR]]) {
+pub(super) fn int8(panel: &Panel<'_>, rows: &[Int8Row<'_>], out: &mut [[f32; NR]]) {
     tile::int8::<_, 12, 8, 4, 1, 2, 2, 16>(Avx512Vnni::new(), panel, rows, out);
 }
 
 #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
-fn f32(panel: &Panel<'_>, rows: &[&[f32]], out: &mut [[f32; NR]]) {
+pub(super) fn f32(panel: &Panel<'_>, rows: &[&[f32]], out: &mut [[f32; NR]]) {
     tile::f32::<_, 12, 8, 4, 1, 2, 2, 16>(Avx512Vnni::new(), panel, rows, out);
 }
 
 #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
-fn peak(peak: Peak, rounds: u64) -> f64 {
+pub(super) fn peak(peak: Peak, rounds: u64) -> f64 {
     tile::peak(Avx512Vnni::new(), peak, rounds)
 }
 
 #[derive(Clone, Copy)]
-struct Avx512Vnni(());
+pub(super) struct Avx512Vnni(());
 
 impl Avx512Vnni {
     /// Safe to call only where the features are on, so that a value proves they are.
     #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
-    fn new() -> Self {
+    pub(super) fn new() -> Self {
         Self(())
     }
 }

@@ -8,6 +8,10 @@ use crate::{
 };
 
 #[cfg(target_arch = "x86_64")]
+mod amx;
+#[cfg(all(test, target_arch = "x86_64", target_os = "linux"))]
+pub(crate) mod amx_emulator;
+#[cfg(target_arch = "x86_64")]
 mod avx2;
 #[cfg(target_arch = "x86_64")]
 mod avx512_vnni;
@@ -40,6 +44,8 @@ type F32Tile = unsafe fn(&Panel<'_>, &[&[f32]], &mut [[f32; NR]]);
 
 /// Best first. Tests, benchmarks and dispatch all walk this table; `scalar` runs everywhere.
 const KERNELS: &[Kernel] = &[
+    #[cfg(target_arch = "x86_64")]
+    amx::KERNEL,
     #[cfg(target_arch = "x86_64")]
     avx512_vnni::KERNEL,
     #[cfg(target_arch = "x86_64")]
@@ -144,16 +150,23 @@ mod tests {
                         sums: if affine { &sums } else { &[] },
                         storage,
                         steps: 1,
+                        next: &[],
                     };
                     for activations in activations.chunks(8) {
-                        let rows: Vec<_> = activations
+                        // At one distance from each other, as AMX needs them.
+                        let codes: Vec<_> = activations.iter().map(|&a| [a; 8]).collect();
+                        let sum = |&a: &i8| [k as i32 * i32::from(a)];
+                        let sums: Vec<_> = activations.iter().map(sum).collect();
+                        let rows: Vec<_> = codes
                             .iter()
-                            .map(|&a| (vec![a; k], [k as i32 * i32::from(a)]))
+                            .zip(&sums)
+                            .map(|(codes, sums)| Int8Row {
+                                codes: &codes[..k],
+                                sums,
+                                zeros: &[5],
+                                scales: &[0.5],
+                            })
                             .collect();
-                        let row =
-                            |(codes, sums)| Int8Row { codes, sums, zeros: &[5], scales: &[0.5] };
-                        let rows: Vec<_> =
-                            rows.iter().map(|(a, b)| row((&a[..], &b[..]))).collect();
                         for kernel in available() {
                             let mut out = vec![[f32::NAN; NR]; rows.len()];
                             kernel.int8(&panel, &rows, &mut out);
