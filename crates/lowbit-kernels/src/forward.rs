@@ -18,6 +18,9 @@ use crate::{
 /// Multiplications below which handing out tasks costs more than it gains.
 const PARALLEL_WORK: usize = if cfg!(test) { 1 } else { 1 << 19 };
 
+/// Bytes of activations that a kernel keeps in L2 at most: half of what CPUs with AMX have.
+const KEPT: usize = 1 << 20;
+
 impl Linear for PackedLinear {
     fn in_features(&self) -> usize {
         self.shape().1
@@ -279,6 +282,17 @@ impl PackedLinear {
         Ok(row_scale)
     }
 
+    /// Rows of a task: equal parts of `m`, as near as calls of the kernel's rows allow.
+    fn task_rows(&self, m: usize) -> usize {
+        let kernel = self.microkernel();
+        let mut most = kernel.task_rows;
+        if kernel.keeps_rows {
+            let bytes = if self.activation().is_some() { 1 } else { 4 };
+            most = (KEPT / (bytes * self.padded_k()).max(1)).clamp(kernel.rows, most);
+        }
+        m.div_ceil(m.div_ceil(most).max(1)).max(1).next_multiple_of(kernel.rows)
+    }
+
     /// Computes every tile of `y`: `tile(panel, rows, out)` fills `out`, to which the bias is added.
     fn tiles(
         &self,
@@ -289,17 +303,18 @@ impl PackedLinear {
         let ((m, n), stride) = (y.shape(), y.row_stride());
         let y = Columns { start: y.into_data().as_mut_ptr(), stride, m, n };
         let kernel = self.microkernel();
-        let (panels, row_tasks) = (n.div_ceil(NR), m.div_ceil(kernel.task_rows));
+        let task_rows = self.task_rows(m);
+        let (panels, row_tasks) = (n.div_ceil(NR), m.div_ceil(task_rows));
         threads.each(panels * row_tasks, |task| {
             let (panel, row_task) = if kernel.keeps_rows {
                 (task % panels, task / panels)
             } else {
                 (task / row_tasks, task % row_tasks)
             };
-            let first = row_task * kernel.task_rows;
+            let first = row_task * task_rows;
             let cols = panel * NR..n.min(panel * NR + NR);
             let bias = self.bias().map(|bias| &bias[cols.clone()]);
-            let last = m.min(first + kernel.task_rows);
+            let last = m.min(first + task_rows);
             let mut codes = self.panel(panel);
             let next: &[u8] = if kernel.keeps_rows && panel + 1 < panels {
                 self.panel(panel + 1).codes

@@ -28,9 +28,9 @@ pub(crate) struct Kernel {
     is_available: fn() -> bool,
     /// Rows that a call takes at most, and no more than [`MR`](crate::tile::MR).
     pub(crate) rows: usize,
-    /// Rows of a task: enough that a panel, once in L2, is used often.
+    /// Rows of a task at most: enough that a panel, once in L2, is used often.
     pub(crate) task_rows: usize,
-    /// The next task takes the next panel and the same rows, which stay in L2, rather than the same
+    /// The next task takes the next panel and the same rows, as many as fit L2, rather than the same
     /// panel and the next rows.
     pub(crate) keeps_rows: bool,
     int8: Int8Tile,
