@@ -5,7 +5,7 @@
 use std::{hint::black_box, time::Duration};
 
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
-use lowbit::{Calibration, Context, Linear, Mat, Method, PackedLinear, kernels};
+use lowbit::{Calibration, Context, Linear, Mat, Method, PackedLinear, Quantizer, kernels};
 use lowbit_benches::noise;
 use lowbit_lm::DenseLinear;
 

@@ -14,17 +14,24 @@
 //! ```
 #![forbid(unsafe_code)]
 
+mod awq;
 mod calibration;
 pub mod calibrations;
 mod llm_int8;
 mod methods;
 mod quantizer;
+mod recipe;
 mod rtn;
 mod second_moment;
+mod smoothquant;
+mod transform;
 
+pub use awq::Awq;
 pub use calibration::Calibration;
 pub use calibrations::Calibrations;
-pub use llm_int8::LlmInt8;
+pub use llm_int8::{LlmInt8, OutlierWeights};
 pub use methods::{METHODS, Method};
 pub use quantizer::{Needs, Plan, Quantized, Quantizer, Report};
+pub use recipe::{ChannelScale, Recipe};
 pub use rtn::Rtn;
+pub use smoothquant::{Alpha, SmoothQuant};

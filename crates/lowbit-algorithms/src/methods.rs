@@ -1,10 +1,10 @@
 use lowbit_core::{
-    ActivationScheme,
+    ActivationScales, ActivationScheme, ActivationType,
     Granularity::{PerChannel, PerGroup},
     QuantScheme,
 };
 
-use crate::{LlmInt8, Quantizer, Rtn};
+use crate::{Alpha, Awq, ChannelScale, LlmInt8, Quantizer, Recipe, Rtn, SmoothQuant};
 
 /// A method under the name by which commands and reports know it.
 #[derive(Clone, Copy)]
@@ -13,8 +13,8 @@ pub struct Method {
     pub name: &'static str,
     /// One line for people.
     pub about: &'static str,
-    /// The quantizer with its default settings.
-    pub quantizer: &'static dyn Quantizer,
+    /// What it does.
+    pub quantizer: Recipe<'static>,
 }
 
 impl Method {
@@ -36,6 +36,10 @@ impl Method {
         about: &'static str,
         quantizer: &'static dyn Quantizer,
     ) -> Self {
+        Self::composed(name, about, Recipe::rounding(quantizer))
+    }
+
+    const fn composed(name: &'static str, about: &'static str, quantizer: Recipe<'static>) -> Self {
         Self { name, about, quantizer }
     }
 }
@@ -44,22 +48,85 @@ impl Method {
 pub const METHODS: &[Method] = &[
     Method::new("int8", "8 bits, a scale per channel", &symmetric(8, PerChannel)),
     Method::new("int8-zp", "8 bits, scale and zero-point per channel", &affine(8, PerChannel)),
-    Method::new("w8a8", "8 bits per channel, int8 activations per token", &W8A8),
-    Method::new("llm-int8", "as w8a8, outliers of 6 and more in f32", &LlmInt8::PAPER),
+    Method::composed("w8a8", "8 bits per channel, int8 activations per token", Recipe::W8A8),
+    Method::composed("llm-int8", "as w8a8, features of 6 and more in f16", Recipe::LLM_INT8),
+    Method::composed(
+        "llm-int8-bnb",
+        "as w8a8, inputs of 6 and more in f32 by int8 weights",
+        Recipe { outliers: Some(LlmInt8::BITSANDBYTES), ..Recipe::W8A8 },
+    ),
+    Method::composed("smoothquant", "w8a8 behind scales, alpha 0.5", Recipe::SMOOTHQUANT),
+    Method::composed(
+        "smoothquant-auto",
+        "w8a8 behind scales, alpha searched for each input",
+        Recipe { scale: Some(SMOOTH_AUTO), ..Recipe::W8A8 },
+    ),
+    Method::composed(
+        "smoothquant-rot",
+        "w8a8 behind scales and a rotation",
+        Recipe { rotation: Some(1), ..Recipe::SMOOTHQUANT },
+    ),
+    Method::composed(
+        "w8a8-rot",
+        "w8a8 behind a rotation",
+        Recipe { rotation: Some(1), ..Recipe::W8A8 },
+    ),
+    Method::composed("w8a8-tensor", "as w8a8, a scale for a whole text", tensor(Recipe::W8A8)),
+    Method::composed(
+        "llm-int8-tensor",
+        "llm-int8, a scale for a whole text",
+        tensor(Recipe::LLM_INT8),
+    ),
+    Method::composed(
+        "smoothquant-tensor",
+        "smoothquant, a scale for a whole text",
+        tensor(Recipe::SMOOTHQUANT),
+    ),
     Method::new("int4", "4 bits, a scale per channel", &symmetric(4, PerChannel)),
     Method::new("int4-zp", "4 bits, scale and zero-point per channel", &affine(4, PerChannel)),
     Method::new("int4-g128", "4 bits, groups of 128", &symmetric(4, PerGroup(128))),
     Method::new("int4-g128-zp", "4 bits, groups of 128, zero-points", &affine(4, PerGroup(128))),
     Method::new("int4-g32", "4 bits, groups of 32", &symmetric(4, PerGroup(32))),
     Method::new("int4-g32-zp", "4 bits, groups of 32, zero-points", &affine(4, PerGroup(32))),
+    Method::composed(
+        "awq-g32",
+        "int4-g32-zp behind searched scales",
+        Recipe { scale: Some(ChannelScale::Awq(AWQ)), ..Recipe::rounding(&INT4_G32_ZP) },
+    ),
+    Method::composed(
+        "awq-clip-g32",
+        "awq-g32, weights cut to searched bounds",
+        Recipe {
+            scale: Some(ChannelScale::Awq(AWQ)),
+            clip: Some(AWQ),
+            ..Recipe::rounding(&INT4_G32_ZP)
+        },
+    ),
+    Method::composed(
+        "smooth-int4-g32",
+        "int4-g32-zp behind SmoothQuant's scales",
+        Recipe { scale: Recipe::SMOOTHQUANT.scale, ..Recipe::rounding(&INT4_G32_ZP) },
+    ),
     Method::new("int3-g32", "3 bits, groups of 32", &symmetric(3, PerGroup(32))),
     Method::new("int3-g32-zp", "3 bits, groups of 32, zero-points", &affine(3, PerGroup(32))),
     Method::new("int2-g32", "2 bits, groups of 32", &symmetric(2, PerGroup(32))),
     Method::new("int2-g32-zp", "2 bits, groups of 32, zero-points", &affine(2, PerGroup(32))),
 ];
 
-const W8A8: Rtn =
-    Rtn { activation: Some(ActivationScheme::INT8_PER_TOKEN), ..symmetric(8, PerChannel) };
+const INT4_G32_ZP: Rtn = affine(4, PerGroup(32));
+const AWQ: Awq = Awq { scheme: INT4_G32_ZP.scheme, fit: INT4_G32_ZP.fit };
+const SMOOTH_AUTO: ChannelScale = ChannelScale::SmoothQuant(SmoothQuant { alpha: Alpha::Searched });
+
+/// With a scale for activations that the whole input of a layer shares.
+const fn tensor(recipe: Recipe<'static>) -> Recipe<'static> {
+    Recipe {
+        activation: Some(ActivationScheme {
+            dtype: ActivationType::Int8,
+            scales: ActivationScales::PerTensor,
+        }),
+        ..recipe
+    }
+}
 
 const fn symmetric(bits: u8, granularity: lowbit_core::Granularity) -> Rtn {
     Rtn::new(QuantScheme::symmetric(bits, granularity))

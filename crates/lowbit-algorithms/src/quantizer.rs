@@ -79,6 +79,8 @@ impl From<QLinear> for Quantized {
 pub struct Report {
     /// What was added to the diagonal of the second moment, as a share of its mean.
     pub damping: Option<f64>,
+    /// The strength of the channel scale: α of SmoothQuant and AWQ.
+    pub alpha: Option<f32>,
     /// Input channels without a signal: their weights became 0.
     pub dead_columns: usize,
     /// Weights that are kept beside the quantized ones.

@@ -1,7 +1,7 @@
 //! Round to nearest: the baseline. Every weight becomes the nearest level of its block, whatever
 //! the layer's inputs are; see [`QMatrix::quantize_with`].
 
-use lowbit_core::{ActivationScheme, Context, Fit, MatRef, QLinear, QMatrix, QuantScheme, Result};
+use lowbit_core::{Context, Fit, MatRef, QLinear, QMatrix, QuantScheme, Result};
 
 use crate::{Calibration, Needs, Plan, Quantized, Quantizer};
 
@@ -10,14 +10,14 @@ use crate::{Calibration, Needs, Plan, Quantized, Quantizer};
 /// # Example
 /// ```
 /// use lowbit_algorithms::Rtn;
-/// use lowbit_core::{ActivationScheme, Granularity, QuantScheme};
+/// use lowbit_core::{Fit, Granularity, QuantScheme, Range};
 ///
-/// // Int8 weights and activations, W8A8.
-/// let w8a8 = Rtn {
-///     activation: Some(ActivationScheme::INT8_PER_TOKEN),
-///     ..Rtn::new(QuantScheme::symmetric(8, Granularity::PerChannel))
+/// // 4 bits in groups of 32, over the range with the least squared error.
+/// let rtn = Rtn {
+///     fit: Fit { range: Range::MSE, ..Fit::NEAREST },
+///     ..Rtn::new(QuantScheme::symmetric(4, Granularity::PerGroup(32)))
 /// };
-/// assert_eq!(w8a8.scheme.dtype.bits(), 8);
+/// assert_eq!(rtn.scheme.dtype.bits(), 4);
 /// ```
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Rtn {
@@ -25,14 +25,12 @@ pub struct Rtn {
     pub scheme: QuantScheme,
     /// How scales and codes are chosen.
     pub fit: Fit,
-    /// How the layer will quantize its input; `None` for f32.
-    pub activation: Option<ActivationScheme>,
 }
 
 impl Rtn {
-    /// Weights in `scheme`, over their whole range, activations in f32.
+    /// Weights in `scheme`, over their whole range.
     pub const fn new(scheme: QuantScheme) -> Self {
-        Self { scheme, fit: Fit::NEAREST, activation: None }
+        Self { scheme, fit: Fit::NEAREST }
     }
 }
 
@@ -45,7 +43,7 @@ impl Quantizer for Rtn {
     ) -> Result<Quantized> {
         calibration.check(w.cols())?;
         let weight = QMatrix::quantize_with(w, self.scheme, &self.fit, None)?;
-        Ok(QLinear::new(weight).with_activation(self.activation).into())
+        Ok(QLinear::new(weight).into())
     }
 
     fn needs(&self) -> Needs {

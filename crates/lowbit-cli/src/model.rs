@@ -7,7 +7,9 @@ use std::{
 
 use anyhow::{Result, anyhow};
 use clap::builder::{PossibleValue, PossibleValuesParser, TypedValueParser};
-use lowbit::{Calibration, Calibrations, Context, METHODS, Method, Needs, PackedLinear, kernels};
+use lowbit::{
+    Calibration, Calibrations, Context, METHODS, Method, Needs, PackedLinear, Quantizer, kernels,
+};
 use lowbit_lm::{Checkpoint, Model, Windows, eval};
 
 use crate::progress;

@@ -91,7 +91,9 @@ impl PackedLinear {
             Some(scheme) => {
                 let known = match scheme.scales {
                     ActivationScales::Static { scale, zero_point } => Some((scale, zero_point)),
-                    ActivationScales::PerTensor => Some(tensor_params(scheme.dtype, x)?),
+                    ActivationScales::PerTensor => {
+                        Some(tensor_params(scheme.dtype, x, self.outlier_features())?)
+                    }
                     _ => None,
                 };
                 self.forward_int8(x, y.reborrow(), ctx, threads, Quantizer { scheme, known })?;
@@ -461,15 +463,36 @@ impl RowLayout {
     }
 }
 
-/// Scale and zero-point that all rows share. With outliers, packing has refused this.
-fn tensor_params(dtype: ActivationType, x: MatRef<'_, f32>) -> Result<(f32, u8)> {
+/// Scale and zero-point that all rows share, known outlier features left out. (Packing has refused a
+/// threshold beside them.)
+fn tensor_params(
+    dtype: ActivationType,
+    x: MatRef<'_, f32>,
+    outliers: Option<&Outliers>,
+) -> Result<(f32, u8)> {
+    let known = match outliers {
+        Some(Outliers::Columns(known)) => known.columns(),
+        _ => &[],
+    };
     let mut all = (0.0_f32, 0.0_f32);
-    for (row, x) in x.iter_rows().enumerate().filter(|(_, x)| !x.is_empty()) {
-        let (lo, hi) = min_max(x).map_err(|_| {
-            let col = x.iter().position(|x| !x.is_finite()).unwrap_or(0);
-            Error::NotFinite { what: "activation", row, col }
-        })?;
-        all = (all.0.min(lo), all.1.max(hi));
+    for (row, x) in x.iter_rows().enumerate() {
+        // What lies between one of them and the next; they too must be finite.
+        let mut start = 0;
+        for end in known.iter().copied().chain([x.len()]) {
+            let outlier = x.get(end).is_none_or(|x| x.is_finite());
+            let between = x.get(start..end).filter(|between| !between.is_empty());
+            match between.map(min_max).transpose() {
+                Ok(range) if outlier => {
+                    let (lo, hi) = range.unwrap_or_default();
+                    all = (all.0.min(lo), all.1.max(hi));
+                }
+                _ => {
+                    let col = x.iter().position(|x| !x.is_finite()).unwrap_or(0);
+                    return Err(Error::NotFinite { what: "activation", row, col });
+                }
+            }
+            start = end + 1;
+        }
     }
     dtype.params(all)
 }

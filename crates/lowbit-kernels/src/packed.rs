@@ -87,7 +87,7 @@ impl PackedLinear {
     /// kernel computes such a layer yet: zeros that are real numbers or offsets; activations in other
     /// than f32, int8 or uint8; groups of a token neither of which divides those of the weights nor the
     /// other way round; a group of more than 65,793 weights beside int8 activations or 33,025 beside
-    /// uint8 (whose sum might overflow); outlier features beside f32 activations or beside a scale that the batch
+    /// uint8 (whose sum might overflow); outlier features beside f32 activations; a threshold for them beside a scale that the batch
     /// shares.
     pub fn with_kernel<S: AsRef<[u8]>>(layer: &QLinear<S>, name: &str) -> Result<Self> {
         Self::pack(layer, isa::named(name)?)
@@ -288,8 +288,9 @@ fn check_supported<S: AsRef<[u8]>>(layer: &QLinear<S>) -> Result<usize> {
     let activation_group = match scheme.scales {
         ActivationScales::PerTokenGroup(group_size) => group_size.min(k),
         // The rest would have to be known before the scale is.
-        ActivationScales::PerTensor if features => {
-            return refuse("outlier features beside a scale that the batch shares".to_string());
+        ActivationScales::PerTensor if matches!(layer.outliers(), Some(Outliers::Threshold(_))) => {
+            let what = "an outlier threshold beside a scale that the batch shares";
+            return refuse(what.to_string());
         }
         _ => k,
     };

@@ -155,7 +155,11 @@ proptest! {
         let w =
             Mat::from_fn(columns.len(), n, |r, c| f16::from_f32(((r * 70 + c) as f32).sin()));
         let known = Outliers::Columns(OutlierColumns::new(columns, w).unwrap());
-        check(layer.with_outliers(Some(known)).unwrap(), x);
+        let layer = layer.with_outliers(Some(known)).unwrap();
+        check(layer.clone(), x.clone());
+        let scales = ActivationScales::PerTensor;
+        let batch = ActivationScheme { scales, ..ActivationScheme::INT8_PER_TOKEN };
+        check(layer.with_activation(Some(batch)), x);
     }
 
     /// The same bits with int8 activations; with f32 ones a sum of so few products is within 1e-4.

@@ -3,7 +3,7 @@
 
 use std::{error::Error, fs, sync::Arc, time::Duration, time::Instant};
 
-use lowbit::{Context, Method, PackedLinear};
+use lowbit::{Context, Method, PackedLinear, Quantizer};
 use lowbit_lm::{Checkpoint, Model, Windows, eval, measure_speed};
 
 fn main() -> Result<(), Box<dyn Error>> {

@@ -82,7 +82,7 @@ pub fn perplexity(
 /// ```no_run
 /// # fn main() -> Result<(), lowbit_lm::Error> {
 /// use std::sync::Arc;
-/// use lowbit::{Calibration, Method, PackedLinear};
+/// use lowbit::{Calibration, Method, PackedLinear, Quantizer};
 /// use lowbit_lm::{Checkpoint, Model, Protocol, Windows, eval::Baseline};
 ///
 /// let checkpoint = Checkpoint::open("models/stories3m")?;

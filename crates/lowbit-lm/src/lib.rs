@@ -16,7 +16,7 @@
 //! ```no_run
 //! # fn main() -> Result<(), lowbit_lm::Error> {
 //! use std::{sync::Arc, time::Duration};
-//! use lowbit::{Context, Method, PackedLinear};
+//! use lowbit::{Context, Method, PackedLinear, Quantizer};
 //! use lowbit_lm::{Checkpoint, Model, Protocol, Windows, eval, measure_speed};
 //!
 //! let checkpoint = Checkpoint::open("models/stories3m")?;

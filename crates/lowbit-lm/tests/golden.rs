@@ -2,7 +2,7 @@
 
 use std::{fs, ops::ControlFlow, path::PathBuf, sync::Arc};
 
-use lowbit::{Calibration, Context, Method, PackedLinear};
+use lowbit::{Calibration, Context, Method, PackedLinear, Quantizer};
 use lowbit_lm::{Checkpoint, KvCache, Model, Protocol, Sampling, Windows, eval, generate};
 use serde_json::Value;
 

@@ -37,8 +37,8 @@
 #![forbid(unsafe_code)]
 
 pub use lowbit_algorithms::{
-    Calibration, Calibrations, LlmInt8, METHODS, Method, Needs, Plan, Quantized, Quantizer, Report,
-    Rtn, calibrations,
+    Alpha, Awq, Calibration, Calibrations, ChannelScale, LlmInt8, METHODS, Method, Needs,
+    OutlierWeights, Plan, Quantized, Quantizer, Recipe, Report, Rtn, SmoothQuant, calibrations,
 };
 #[cfg(feature = "testing")]
 pub use lowbit_core::testing;

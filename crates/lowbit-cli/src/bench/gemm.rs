@@ -3,7 +3,7 @@
 use std::{hint::black_box, io::Write, num::NonZeroUsize};
 
 use anyhow::{Result, anyhow};
-use lowbit::{Calibration, Context, Linear, Mat, MatRef, Method, PackedLinear};
+use lowbit::{Calibration, Context, Linear, Mat, MatRef, Method, PackedLinear, Quantizer};
 use serde::Serialize;
 
 use super::{Times, numbers};

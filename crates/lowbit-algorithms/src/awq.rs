@@ -1,0 +1,274 @@
+//! AWQ: scales for the input channels and bounds for the weights, both searched for what the
+//! activations make important.
+//!
+//! Lin et al., "AWQ: Activation-aware Weight Quantization for LLM Compression and Acceleration",
+//! arXiv:2306.00978, section 3.2, and the clipping of its code. With `s_X` the mean magnitude of each
+//! channel,
+//!
+//! ```text
+//! s = s_X^α,  α* = argmin_α L(s),  L(s) = ‖Q(W·diag(s))·diag(s)⁻¹·X − W·X‖²     (4), (5)
+//! ```
+//!
+//! Deviations:
+//! * L is the error of the layers themselves, `tr(ΔW·H·ΔWᵀ)` with the second moment H, not that of the
+//!   attention or MLP around them: statistics are enough for it.
+//! * It is summed over at most 64 rows of each weight, evenly spaced: exact for small layers.
+//! * Channels without a signal have scale 1 and do not count in the normalisation
+//!   `s / √(max s · min s)`; in the authors' code their floor of 1e-4 shifts all others.
+//! * The range of a one-signed group contains 0 (see [`presets::awq`](lowbit_core::presets::awq)).
+//! * Clipping looks at every layer; the authors leave out q and k.
+
+use lowbit_core::{Context, Fit, Mat, MatRef, QMatrix, QuantScheme, Result};
+use rayon::prelude::*;
+
+use crate::{Calibration, recipe::check_widths, transform::triangle_row};
+
+/// AWQ's search for channel scales and for clipping bounds, on one grid.
+///
+/// # Example
+/// ```
+/// use lowbit_algorithms::{Awq, Calibration};
+/// use lowbit_core::{Context, Granularity, Mat, presets};
+///
+/// let w = Mat::from_fn(8, 64, |r, c| ((r * 64 + c) as f32).sin());
+/// // One channel is much larger than the others.
+/// let x = Mat::from_fn(32, 64, |r, c| (r as f32 + 0.1 * c as f32).cos() * if c == 5 { 50.0 } else { 1.0 });
+/// let mut calibration = Calibration::with_second_moment(64)?;
+/// calibration.observe(x.as_ref(), &mut Context::new())?;
+///
+/// let (scheme, fit) = presets::awq(4, Granularity::PerGroup(32));
+/// let (s, alpha) = Awq { scheme, fit }.scales(&[w.as_ref()], &calibration, &mut Context::new())?;
+/// assert!(alpha > 0.0 && s[5] > 2.0 * s[6]);
+/// # Ok::<(), lowbit_core::Error>(())
+/// ```
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Awq {
+    /// How the weights will be stored.
+    pub scheme: QuantScheme,
+    /// How scales and codes will be chosen.
+    pub fit: Fit,
+}
+
+/// Candidates of α: 0, 1/20, …, 19/20.
+const ALPHAS: usize = 20;
+/// Rows of a weight that the scale search looks at.
+const ROWS: usize = 64;
+/// Candidates of a clipping bound: 1, 1 − 1/20, …, 1 − 9/20 of the largest magnitude.
+const BOUNDS: usize = 10;
+
+impl Awq {
+    /// `s`, one for each input channel, and its α, for layers with these `(out_features, in_features)`
+    /// weights and this input. The candidate 0 is plain rounding: the result is never worse in L.
+    ///
+    /// # Errors
+    /// Those of an impossible scheme and of weights that are not finite, and those of
+    /// [`Calibration::second_moment`].
+    pub fn scales(
+        &self,
+        weights: &[MatRef<'_, f32>],
+        calibration: &Calibration,
+        ctx: &mut Context,
+    ) -> Result<(Vec<f32>, f32)> {
+        let k = calibration.in_features();
+        check_widths(weights, k)?;
+        let triangle = calibration.triangle()?;
+        let mean = calibration.abs_mean();
+        let sampled: Vec<Mat<f32>> = weights.iter().map(|w| sample(*w)).collect();
+        let loss = |i: usize| -> Result<f64> {
+            let s = scales(&mean, i as f64 / ALPHAS as f64);
+            let mut loss = 0.0;
+            for w in &sampled {
+                let mut scaled = w.clone();
+                for row in scaled.as_mut().iter_rows_mut() {
+                    row.iter_mut().zip(&s).for_each(|(w, s)| *w *= s);
+                }
+                let mut delta =
+                    QMatrix::quantize_with(scaled.as_ref(), self.scheme, &self.fit, None)?
+                        .dequantize();
+                for (delta, w) in delta.as_mut().iter_rows_mut().zip(w.as_ref().iter_rows()) {
+                    for ((delta, w), s) in delta.iter_mut().zip(w).zip(&s) {
+                        *delta = *delta / s - w;
+                    }
+                }
+                loss += quadratic(&delta, triangle);
+            }
+            Ok(loss)
+        };
+        let losses: Result<Vec<f64>> = match ctx.pool() {
+            Some(pool) => pool.install(|| (0..ALPHAS).into_par_iter().map(loss).collect()),
+            None => (0..ALPHAS).map(loss).collect(),
+        };
+        let mut best = (f64::INFINITY, 0);
+        for (i, loss) in losses?.into_iter().enumerate() {
+            if loss < best.0 {
+                best = (loss, i);
+            }
+        }
+        let alpha = best.1 as f64 / ALPHAS as f64;
+        Ok((scales(&mean, alpha), alpha as f32))
+    }
+
+    /// Cuts `w` to bounds that are searched for each row and group: those whose part of the product
+    /// has the least error, `d·H_gg·dᵀ`. The bound 1 is among the candidates.
+    ///
+    /// # Errors
+    /// As [`scales`](Self::scales).
+    ///
+    /// # Example
+    /// ```
+    /// use lowbit_algorithms::{Awq, Calibration};
+    /// use lowbit_core::{Context, Granularity, Mat, presets};
+    ///
+    /// // One weight is much larger than all others, and its channel hardly has a signal.
+    /// let mut w = Mat::from_fn(1, 32, |_, c| if c == 5 { 4.0 } else { (c as f32).sin() });
+    /// let x = Mat::from_fn(64, 32, |r, c| ((r * 7 + c * c) as f32).cos() * if c == 5 { 0.01 } else { 1.0 });
+    /// let mut calibration = Calibration::with_second_moment(32)?;
+    /// calibration.observe(x.as_ref(), &mut Context::new())?;
+    /// let (scheme, fit) = presets::awq(4, Granularity::PerGroup(32));
+    /// Awq { scheme, fit }.clip(&mut w, &calibration, &mut Context::new())?;
+    /// assert!(w.data()[5] < 3.0);
+    /// # Ok::<(), lowbit_core::Error>(())
+    /// ```
+    pub fn clip(
+        &self,
+        w: &mut Mat<f32>,
+        calibration: &Calibration,
+        ctx: &mut Context,
+    ) -> Result<()> {
+        let (n, k) = (w.rows(), w.cols());
+        check_widths(&[w.as_ref()], k)?;
+        calibration.check_seen(k)?;
+        let triangle = calibration.triangle()?;
+        let group = self.scheme.granularity.block(n, k).1.max(1);
+        let bounds = |g: usize| -> Result<Vec<f32>> {
+            let (start, end) = (g * group, k.min((g + 1) * group));
+            let h = block(triangle, start, end);
+            let part = Mat::from_fn(n, end - start, |r, c| w.data()[r * k + start + c]);
+            let largest: Vec<f32> = (part.as_ref().iter_rows())
+                .map(|row| row.iter().fold(0.0, |max: f32, w| max.max(w.abs())))
+                .collect();
+            let (mut best, mut least) = (largest.clone(), vec![f64::INFINITY; n]);
+            for i in 0..BOUNDS {
+                let share = 1.0 - i as f32 / 20.0;
+                let mut delta = part.clone();
+                for (row, max) in delta.as_mut().iter_rows_mut().zip(&largest) {
+                    let bound = max * share;
+                    row.iter_mut().for_each(|w| *w = w.clamp(-bound, bound));
+                }
+                let scheme = QuantScheme { granularity: self.group_alone(), ..self.scheme };
+                let q = QMatrix::quantize_with(delta.as_ref(), scheme, &self.fit, None)?;
+                delta = q.dequantize();
+                delta.data_mut().iter_mut().zip(part.data()).for_each(|(d, w)| *d -= w);
+                for (r, row) in delta.as_ref().iter_rows().enumerate() {
+                    let error = quadratic_row(row, &h);
+                    if error < least[r] {
+                        (least[r], best[r]) = (error, largest[r] * share);
+                    }
+                }
+            }
+            Ok(best)
+        };
+        let groups = 0..k.div_ceil(group);
+        let bounds: Result<Vec<Vec<f32>>> = match ctx.pool() {
+            Some(pool) => pool.install(|| groups.into_par_iter().map(bounds).collect()),
+            None => groups.map(bounds).collect(),
+        };
+        let bounds = bounds?;
+        for (r, row) in w.as_mut().iter_rows_mut().enumerate() {
+            for (part, bounds) in row.chunks_mut(group).zip(&bounds) {
+                part.iter_mut().for_each(|w| *w = w.clamp(-bounds[r], bounds[r]));
+            }
+        }
+        Ok(())
+    }
+
+    /// The granularity of a matrix that is one group wide.
+    fn group_alone(&self) -> lowbit_core::Granularity {
+        use lowbit_core::Granularity::{PerBlock, PerChannel, PerGroup};
+        match self.scheme.granularity {
+            PerGroup(_) => PerChannel,
+            PerBlock(rows, _) => PerBlock(rows, usize::MAX),
+            other => other,
+        }
+    }
+}
+
+/// `s_X^α`, normalised so that its extremes are each other's reciprocal.
+fn scales(mean: &[f64], alpha: f64) -> Vec<f32> {
+    let raw = |x: f64| x.powf(alpha).max(1e-4);
+    let live = mean.iter().filter(|&&x| x > 0.0).map(|&x| raw(x));
+    let (lo, hi) = live.fold((f64::MAX, 0.0_f64), |(lo, hi), s| (lo.min(s), hi.max(s)));
+    let middle = (lo * hi).sqrt();
+    let scale = |&x: &f64| if x > 0.0 { (raw(x) / middle) as f32 } else { 1.0 };
+    mean.iter().map(scale).collect()
+}
+
+/// Evenly spaced rows, at most [`ROWS`].
+fn sample(w: MatRef<'_, f32>) -> Mat<f32> {
+    let rows = w.rows().min(ROWS);
+    Mat::from_fn(rows, w.cols(), |r, c| w.get(r * w.rows() / rows, c).copied().unwrap_or_default())
+}
+
+/// `tr(D·H·Dᵀ)` for the lower triangle of H: products in f32, their sums over a row of H in f32, those
+/// sums in f64.
+fn quadratic(d: &Mat<f32>, triangle: &[f64]) -> f64 {
+    let mut h = vec![0.0; d.cols()];
+    let mut sum = 0.0;
+    for r in 0..d.cols() {
+        let row = triangle_row(triangle, r);
+        h.iter_mut().zip(row).for_each(|(h, &wide)| *h = wide as f32);
+        // Off the diagonal every product occurs twice.
+        h[r] *= 0.5;
+        for d in d.as_ref().iter_rows() {
+            sum += 2.0 * f64::from(d[r]) * f64::from(dot(&h[..=r], &d[..=r]));
+        }
+    }
+    sum
+}
+
+/// `d·H·dᵀ` for one row and the rows of a lower triangle with half the diagonal.
+fn quadratic_row(d: &[f32], h: &[Vec<f32>]) -> f64 {
+    let rows = h.iter().zip(d).enumerate();
+    rows.map(|(r, (h, &w))| 2.0 * f64::from(w) * f64::from(dot(h, &d[..=r]))).sum()
+}
+
+/// The block `start..end` of H as [`quadratic_row`] wants it.
+fn block(triangle: &[f64], start: usize, end: usize) -> Vec<Vec<f32>> {
+    let mut rows: Vec<Vec<f32>> = (start..end)
+        .map(|r| triangle_row(triangle, r)[start..=r].iter().map(|&h| h as f32).collect())
+        .collect();
+    rows.iter_mut().filter_map(|row| row.last_mut()).for_each(|diagonal| *diagonal *= 0.5);
+    rows
+}
+
+/// The same order of additions for every vector length.
+fn dot(a: &[f32], b: &[f32]) -> f32 {
+    struct Dot<'a>(&'a [f32], &'a [f32]);
+    impl pulp::WithSimd for Dot<'_> {
+        type Output = f32;
+
+        #[inline(always)]
+        fn with_simd<S: pulp::Simd>(self, _: S) -> f32 {
+            let ((a, a_rest), (b, b_rest)) = (self.0.as_chunks::<32>(), self.1.as_chunks::<32>());
+            let mut sums = [0.0_f32; 32];
+            for (a, b) in a.iter().zip(b) {
+                for lane in 0..32 {
+                    sums[lane] += a[lane] * b[lane];
+                }
+            }
+            let mut half = 16;
+            while half > 0 {
+                for lane in 0..half {
+                    sums[lane] += sums[lane + half];
+                }
+                half /= 2;
+            }
+            let mut sum = sums[0];
+            for (a, b) in a_rest.iter().zip(b_rest) {
+                sum += a * b;
+            }
+            sum
+        }
+    }
+    pulp::Arch::new().dispatch(Dot(a, b))
+}
