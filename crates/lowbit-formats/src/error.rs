@@ -1,7 +1,7 @@
 use crate::Dtype;
 
 /// What can be wrong with a checkpoint file. Messages name the file and the tensor.
-#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[derive(Clone, Debug, PartialEq, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {
     /// The file ends too early.
@@ -53,5 +53,31 @@ pub enum Error {
         tensor: String,
         /// The type found.
         got: Dtype,
+    },
+    /// A layer's tensors do not make a layer.
+    #[error("{file}: layer {layer}: {cause}")]
+    Layer {
+        /// The file.
+        file: String,
+        /// The layer.
+        layer: String,
+        /// What contradicts.
+        cause: lowbit_core::Error,
+    },
+    /// A layer that a convention has no tensors for.
+    #[error("layer {layer}: {convention} cannot hold {what}")]
+    Unsupported {
+        /// The layer.
+        layer: String,
+        /// The convention.
+        convention: &'static str,
+        /// What it lacks.
+        what: String,
+    },
+    /// A `quantization_config` that names no convention of this crate, or one of another meaning.
+    #[error("quantization_config: {reason}")]
+    Config {
+        /// What is expected and what is there.
+        reason: String,
     },
 }

@@ -21,16 +21,19 @@
 //! ```
 #![forbid(unsafe_code)]
 
+pub mod conventions;
 mod error;
 pub mod gguf;
 mod safetensors;
 mod sharded;
 mod source;
+mod tensor;
 
 pub use error::Error;
 pub use safetensors::Safetensors;
 pub use sharded::Sharded;
 pub use source::{Dtype, TensorSource, TensorView};
+pub use tensor::Tensor;
 
 /// A result whose error is [`enum@Error`].
 pub type Result<T, E = Error> = std::result::Result<T, E>;

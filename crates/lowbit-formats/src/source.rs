@@ -178,6 +178,34 @@ impl TensorView<'_> {
         })
     }
 
+    /// Rows and columns of a matrix with elements, whose bytes are as many as they should be.
+    pub(crate) fn matrix_shape(&self) -> Result<[usize; 2]> {
+        let [rows, cols] = *self.shape else {
+            return Err(self.error(format!("its shape is {:?}, expected a matrix", self.shape)));
+        };
+        if rows == 0 || cols == 0 {
+            return Err(self.error("it is empty".into()));
+        }
+        self.check_len()?;
+        Ok([rows, cols])
+    }
+
+    /// Are there as many bytes as type and shape say? A file's tensors have them; others need not.
+    pub(crate) fn check_len(&self) -> Result<()> {
+        let expected = self.dtype.tensor_len(self.shape).map_err(|reason| self.error(reason))?;
+        let got = self.bytes.len();
+        match expected {
+            Some(expected) if expected != got => {
+                Err(self.error(format!("expected {expected} bytes, got {got}")))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    pub(crate) fn error(&self, reason: String) -> Error {
+        Error::Tensor { file: self.file.into(), tensor: self.name.into(), reason }
+    }
+
     fn dtype_error(&self) -> Error {
         Error::Dtype { file: self.file.into(), tensor: self.name.into(), got: self.dtype }
     }

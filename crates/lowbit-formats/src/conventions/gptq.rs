@@ -1,0 +1,285 @@
+//! GPTQ checkpoints of AutoGPTQ, GPTQModel and their relatives (`gptqmodel/nn_modules/qlinear`).
+//!
+//! | tensor | shape | |
+//! |---|---|---|
+//! | `qweight` | I32 (⌈k·bits/32⌉, n) | codes, packed along k |
+//! | `qzeros` | I32 (groups, ⌈n·bits/32⌉) | zeros, packed along n; may be absent: all midpoints |
+//! | `scales` | F16, BF16 or F32 (groups, n) | |
+//! | `g_idx` | I32 (k) | the group of each input feature; may be absent: `k / group_size` |
+//! | `bias` | (n) | optional |
+//!
+//! Bits are one stream, least significant first, so that 10⅔ 3-bit codes are in a word and a column of
+//! `qweight` is a row of [`QMatrix`] word by word. Version 1 of the format stores zeros less 1, with
+//! 2^bits − 1 for 0; version 2 as they are.
+//!
+//! Groups that act-order has scattered (an unsorted `g_idx`) become consecutive, behind a
+//! [`Transform::Permute`] of the input.
+
+use lowbit_core::{QLinear, QMatrix, Transform, ZeroFormat};
+use lowbit_dtypes::packed_len;
+use serde_json::{Value, json};
+
+use super::{
+    Convention, number,
+    parts::{self, Layer, Writer},
+};
+use crate::{Dtype, Error, Result, Tensor, TensorSource, TensorView};
+
+const NAME: &str = "gptq";
+
+/// The tensors of GPTQ: 2, 3, 4 or 8 bits, groups along the input.
+///
+/// # Example
+/// See [`Convention`].
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Gptq {
+    /// Bits of a code, for layers whose shapes leave it open.
+    pub bits: Option<u8>,
+    /// The group size, for layers without `g_idx` whose last group is shorter.
+    pub group_size: Option<usize>,
+    /// Are zeros stored as they are (`gptq_v2`), not less 1?
+    pub v2: bool,
+    /// Are layers symmetric? Then the version that a layer is read by is seen from its zeros, all
+    /// 2^(bits−1) or all one less: there are files with the wrong label.
+    pub symmetric: bool,
+}
+
+impl Gptq {
+    pub(super) fn from_config(config: &Value) -> Result<Self> {
+        let format = config.get("checkpoint_format").and_then(Value::as_str).unwrap_or("gptq");
+        let v2 = match format {
+            "gptq" => false,
+            "gptq_v2" => true,
+            other => {
+                let reason = format!("the checkpoint_format {other:?} is not supported");
+                return Err(Error::Config { reason });
+            }
+        };
+        let bits = number(config, &["bits"]).and_then(|bits| u8::try_from(bits).ok());
+        let symmetric = config.get("sym").and_then(Value::as_bool).unwrap_or(false);
+        Ok(Self { bits, group_size: number(config, &["group_size"]), v2, symmetric })
+    }
+
+    /// Bits of a code and in_features, from the shapes.
+    fn shape(
+        self,
+        qweight: &TensorView<'_>,
+        words: usize,
+        n: usize,
+        zero_words: Option<usize>,
+        k: Option<usize>,
+    ) -> Result<(u8, usize)> {
+        let fits = |bits: u8| {
+            let per = usize::from(bits);
+            let whole = |bits: &usize| bits.is_multiple_of(per);
+            let k_of = |words: usize| words.checked_mul(32).filter(whole).map(|bits| bits / per);
+            let words_of = |codes: usize| packed_len(codes, bits.into()).div_ceil(4);
+            let k = k.or_else(|| k_of(words))?;
+            let fits = words_of(k) == words && zero_words.is_none_or(|zeros| words_of(n) == zeros);
+            fits.then_some((bits, k))
+        };
+        let mut all = [2, 3, 4, 8].into_iter().filter_map(fits);
+        if let Some(found) = self.bits.filter(|bits| [2, 3, 4, 8].contains(bits)).and_then(fits) {
+            return Ok(found);
+        }
+        match (all.next(), all.next()) {
+            (Some(found), None) => Ok(found),
+            (None, _) => Err(qweight.error(format!(
+                "its {words} x {n} words are no codes of 2, 3, 4 or 8 bits beside qzeros and g_idx"
+            ))),
+            (Some((a, _)), Some((b, _))) => Err(qweight.error(format!(
+                "its {words} x {n} words may be codes of {a} or of {b} bits: say which"
+            ))),
+        }
+    }
+}
+
+impl Convention for Gptq {
+    fn name(&self) -> &'static str {
+        NAME
+    }
+
+    fn holds(&self, source: &dyn TensorSource, layer: &str) -> bool {
+        let layer = Layer { source, name: layer };
+        layer.has("qweight") && layer.has("scales")
+    }
+
+    fn read(&self, source: &dyn TensorSource, name: &str) -> Result<QLinear> {
+        let layer = Layer { source, name };
+        let (qweight, [words, n]) = layer.matrix("qweight", Dtype::I32)?;
+        let (scales, scale_format, [groups, _]) = layer.scales("scales")?;
+        parts::expect_shape(&scales, &[groups, n])?;
+        let qzeros = layer.find("qzeros").map(|_| layer.matrix("qzeros", Dtype::I32));
+        let qzeros = qzeros.transpose()?;
+        let g_idx = layer.find("g_idx").map(|view| groups_of(&view)).transpose()?.flatten();
+        let zero_words = qzeros.as_ref().map(|(_, [_, words])| *words);
+        let k = g_idx.as_ref().map(Vec::len);
+        let (bits, k) = self.shape(&qweight, words, n, zero_words, k)?;
+
+        let (group_size, order) = match &g_idx {
+            Some(g_idx) => order(g_idx, groups).ok_or_else(|| {
+                scales.error(format!("g_idx does not make {groups} groups of one size"))
+            })?,
+            None => {
+                let size = parts::group_size(k, groups, self.group_size);
+                let wrong = || scales.error(format!("{groups} groups of one size are not {k}"));
+                (size.ok_or_else(wrong)?, None)
+            }
+        };
+
+        let width = u32::from(bits);
+        let codes = parts::transposed::<4>(qweight.bytes, words, n);
+        let mut codes = parts::restride(codes, n, 4 * words, packed_len(k, width));
+        parts::clear_padding(&mut codes, k, width);
+        if let Some(order) = &order {
+            parts::gather_columns(width, &mut codes, order);
+        }
+        let zeros = match &qzeros {
+            Some((view, shape)) => {
+                parts::expect_shape(view, &[groups, shape[1]])?;
+                self.zeros(bits, view.bytes, groups, n)
+            }
+            None => None,
+        };
+        let scheme = parts::integers(
+            bits,
+            parts::granularity(k, group_size),
+            scale_format,
+            zeros.as_deref(),
+        );
+        let scales = parts::transposed_scales(scale_format, scales.bytes, groups, n);
+        let zeros = zeros.map(|zeros| {
+            parts::pack_rows(width, &parts::transposed::<1>(&zeros, groups, n), groups)
+        });
+        let weight = QMatrix::from_parts(n, k, scheme, codes, scales, zeros);
+        let linear = layer.finish(weight, qweight.file)?;
+        let Some(order) = order else { return Ok(linear) };
+        let places = order.iter().map(|&place| place as u32).collect();
+        let permuted = linear.with_transforms(vec![Transform::Permute(places)]);
+        permuted.map_err(|cause| layer.error(qweight.file, cause))
+    }
+
+    fn write(&self, layer: &QLinear, name: &str) -> Result<Vec<Tensor>> {
+        let writer = Writer { convention: NAME, layer, name };
+        writer.plain(true, false)?;
+        let weight = writer.weight();
+        let (bits, group_size) = (writer.bits()?, writer.group_size()?);
+        if ![2, 3, 4, 8].contains(&bits) {
+            return Err(writer.unsupported(format!("codes of {bits} bits, only of 2, 3, 4 or 8")));
+        }
+        let scale_dtype = writer.scale_dtype()?;
+        let order: Option<Vec<usize>> = match layer.transforms() {
+            [] => None,
+            [Transform::Permute(places)] => {
+                Some(places.iter().map(|&place| place as usize).collect())
+            }
+            _ => return Err(writer.unsupported("a transform of the input but a permutation")),
+        };
+        let ((n, k), (_, groups)) = ((weight.rows(), weight.cols()), weight.grid());
+        let width = u32::from(bits);
+        let stride = packed_len(k, width);
+
+        let mut codes = weight.codes().to_vec();
+        let mut g_idx: Vec<i32> = (0..k).map(|j| (j / group_size) as i32).collect();
+        if let Some(order) = &order {
+            let mut inverse = vec![0; k];
+            for (at, &place) in order.iter().enumerate() {
+                inverse[place] = at;
+            }
+            parts::gather_columns(width, &mut codes, &inverse);
+            g_idx = inverse.iter().map(|at| (at / group_size) as i32).collect();
+        }
+        let words = stride.div_ceil(4);
+        let codes = parts::restride(codes, n, stride, 4 * words);
+        let qweight = parts::transposed::<4>(&codes, n, words);
+
+        let max = weight.scheme().dtype.max_code();
+        let zeros = match writer.zeros()? {
+            Some(zeros) if !self.v2 && zeros.contains(&0) => {
+                return Err(writer.unsupported("a zero of 0 in version 1 of the format"));
+            }
+            Some(zeros) => parts::transposed::<1>(&zeros, n, groups),
+            None => vec![weight.scheme().midpoint(); n * groups],
+        };
+        let stored: Vec<u8> = match self.v2 {
+            true => zeros,
+            false => zeros.iter().map(|zero| zero.wrapping_sub(1) & max).collect(),
+        };
+        let zero_words = packed_len(n, width).div_ceil(4);
+        let qzeros = parts::pack_rows(width, &stored, n);
+        let qzeros = parts::restride(qzeros, groups, packed_len(n, width), 4 * zero_words);
+        let format = weight.scheme().scale_format;
+        let scales = parts::transposed_scales(format, weight.scales(), n, groups);
+        let mut tensors = vec![
+            writer.tensor("qweight", Dtype::I32, &[words, n], qweight),
+            writer.tensor("qzeros", Dtype::I32, &[groups, zero_words], qzeros),
+            writer.tensor("scales", scale_dtype, &[groups, n], scales),
+            Tensor::i32(format!("{name}.g_idx"), vec![k], &g_idx),
+        ];
+        tensors.extend(writer.bias());
+        Ok(tensors)
+    }
+
+    fn config(&self, layer: &QLinear) -> Option<Value> {
+        let scheme = layer.weight().scheme();
+        Some(json!({
+            "quant_method": NAME,
+            "bits": scheme.dtype.bits(),
+            "group_size": parts::config_group_size(scheme),
+            "sym": scheme.zero == ZeroFormat::Midpoint,
+            "desc_act": !layer.transforms().is_empty(),
+            "checkpoint_format": if self.v2 { "gptq_v2" } else { "gptq" },
+            "pack_dtype": "int32",
+        }))
+    }
+}
+
+impl Gptq {
+    /// The zeros, one a byte, `(groups, n)`; `None` if they are all midpoints.
+    fn zeros(self, bits: u8, packed: &[u8], groups: usize, n: usize) -> Option<Vec<u8>> {
+        let width = u32::from(bits);
+        let stride = packed_len(n, width);
+        let rows = parts::restride(packed.to_vec(), groups, stride.next_multiple_of(4), stride);
+        let mut zeros = vec![0; groups * n];
+        parts::unpack_rows(width, &rows, n, &mut zeros);
+        let max = (u16::MAX >> (16 - bits)) as u8;
+        let midpoint = max / 2 + 1;
+        let all = |value| zeros.iter().all(|&zero| zero == value);
+        let v2 = match self.v2 {
+            false if self.symmetric && all(midpoint) => true,
+            true if self.symmetric && all(midpoint - 1) => false,
+            label => label,
+        };
+        if !v2 {
+            zeros.iter_mut().for_each(|zero| *zero = zero.wrapping_add(1) & max);
+        }
+        zeros.iter().any(|&zero| zero != midpoint).then_some(zeros)
+    }
+}
+
+/// The group of each feature; `None` if none is set (−1).
+fn groups_of(view: &TensorView<'_>) -> Result<Option<Vec<i32>>> {
+    parts::expect_dtype(view, Dtype::I32)?;
+    let groups: Vec<_> =
+        view.bytes.as_chunks().0.iter().map(|&bytes| i32::from_le_bytes(bytes)).collect();
+    Ok(groups.iter().any(|&group| group != -1).then_some(groups))
+}
+
+/// The group size, and the features in the order of their groups unless they are already.
+fn order(g_idx: &[i32], groups: usize) -> Option<(usize, Option<Vec<usize>>)> {
+    let mut sizes = vec![0_usize; groups];
+    for &group in g_idx {
+        *sizes.get_mut(usize::try_from(group).ok()?)? += 1;
+    }
+    let (&last, full) = sizes.split_last()?;
+    let size = full.first().copied().unwrap_or(last);
+    if full.iter().any(|&other| other != size) || last > size || (last == 0 && groups > 1) {
+        return None;
+    }
+    if g_idx.is_sorted() {
+        return Some((size, None));
+    }
+    let mut order: Vec<usize> = (0..g_idx.len()).collect();
+    order.sort_by_key(|&feature| g_idx[feature]);
+    Some((size, Some(order)))
+}

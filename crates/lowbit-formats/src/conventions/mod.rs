@@ -1,0 +1,100 @@
+//! How checkpoints store quantized layers: which tensors, in which order of bits.
+//!
+//! A [`Convention`] turns the named tensors of a layer into a [`QLinear`] and back, bit by bit; it
+//! looks at nothing else. [`from_config`] finds the one that a `config.json` speaks of.
+
+mod awq;
+mod bitsandbytes;
+mod compressed_tensors;
+mod ggml;
+mod gptq;
+mod parts;
+
+use std::fmt;
+
+use lowbit_core::QLinear;
+use serde_json::Value;
+
+pub use awq::{Awq, AwqVersion};
+pub use bitsandbytes::BnbInt8;
+pub use compressed_tensors::{CompressedInt, CompressedPacked};
+pub use ggml::Ggml;
+pub use gptq::Gptq;
+
+use crate::{Error, Result, Tensor, TensorSource};
+
+/// A way to store quantized layers as named tensors.
+///
+/// # Example
+/// ```
+/// use lowbit_core::{Granularity, Mat, QLinear, QMatrix, QuantScheme};
+/// use lowbit_formats::conventions::{Convention, Gptq};
+///
+/// let w = Mat::from_fn(16, 64, |r, c| ((r * 64 + c) as f32).sin());
+/// let scheme = QuantScheme::symmetric(4, Granularity::PerGroup(32));
+/// let layer = QLinear::new(QMatrix::quantize(w.as_ref(), scheme)?);
+///
+/// let tensors = Gptq::default().write(&layer, "q_proj")?;
+/// assert_eq!(tensors[0].name, "q_proj.qweight");
+/// assert_eq!(Gptq::default().read(&tensors, "q_proj")?, layer);
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
+pub trait Convention: fmt::Debug + Send + Sync {
+    /// What messages and reports call it.
+    fn name(&self) -> &'static str;
+
+    /// Does `source` have the tensors of `layer` in this convention? Only their names count.
+    fn holds(&self, source: &dyn TensorSource, layer: &str) -> bool;
+
+    /// The layer called `layer`, whose tensors are `layer.…`.
+    ///
+    /// # Errors
+    /// [`Error::Missing`] for a tensor that is not there, [`Error::Tensor`] for one of the wrong type
+    /// or shape, [`Error::Layer`] for numbers that no layer has, such as an infinite scale.
+    fn read(&self, source: &dyn TensorSource, layer: &str) -> Result<QLinear>;
+
+    /// The tensors of `layer` under the name `name`. Reading them gives a layer of the same weights.
+    ///
+    /// # Errors
+    /// [`Error::Unsupported`] for a layer that the convention cannot hold.
+    fn write(&self, layer: &QLinear, name: &str) -> Result<Vec<Tensor>>;
+
+    /// The `quantization_config` of a `config.json` for a model of layers such as `layer`; `None` where
+    /// files need none.
+    fn config(&self, layer: &QLinear) -> Option<Value>;
+}
+
+/// The convention that a `quantization_config` of `config.json` (or a `quantize_config.json`) speaks
+/// of.
+///
+/// # Errors
+/// [`Error::Config`] if this crate cannot read it.
+///
+/// # Example
+/// ```
+/// use lowbit_formats::conventions;
+///
+/// let config = serde_json::json!({"quant_method": "awq", "bits": 4, "group_size": 128});
+/// assert_eq!(conventions::from_config(&config)?.name(), "awq");
+/// # Ok::<(), lowbit_formats::Error>(())
+/// ```
+pub fn from_config(config: &Value) -> Result<Box<dyn Convention>> {
+    let error = |reason: String| Error::Config { reason };
+    let text = |key| config.get(key).and_then(Value::as_str);
+    match text("quant_method") {
+        // Files of AutoGPTQ's own have no quant_method.
+        Some("gptq") => Ok(Box::new(Gptq::from_config(config)?)),
+        None if config.get("desc_act").is_some() => Ok(Box::new(Gptq::from_config(config)?)),
+        Some("awq") => Ok(Box::new(Awq::from_config(config)?)),
+        Some("bitsandbytes") => bitsandbytes::from_config(config),
+        Some("compressed-tensors") => compressed_tensors::from_config(config),
+        Some(method) => Err(error(format!("the quant_method {method:?} is not supported"))),
+        None => Err(error("it has no quant_method".into())),
+    }
+}
+
+/// A whole number of a configuration; `None` where it is absent or, as a group size of −1, negative.
+fn number(config: &Value, keys: &[&str]) -> Option<usize> {
+    let value = keys.iter().find_map(|key| config.get(key))?;
+    value.as_u64().and_then(|x| usize::try_from(x).ok())
+}

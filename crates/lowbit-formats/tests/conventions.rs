@@ -1,0 +1,435 @@
+//! Conventions against packed tensors of other programs, against their definitions, and back.
+
+use lowbit_core::{
+    ActivationScales, ActivationScheme, ActivationType, Granularity, Mat, Outliers, QLinear,
+    QMatrix, QuantScheme, ScaleFormat, Transform, ZeroFormat,
+};
+use lowbit_dtypes::{packed_len, unpack};
+use lowbit_formats::{
+    Dtype, Tensor, TensorSource, TensorView,
+    conventions::{
+        Awq, AwqVersion, BnbInt8, CompressedInt, CompressedPacked, Convention, Ggml, Gptq,
+        from_config,
+    },
+    gguf::GgmlType,
+};
+use proptest::prelude::*;
+use serde_json::json;
+
+/// Codes, zeros and their words of 96 inputs in groups of 32 and 64 outputs, packed by numpy after
+/// the definition of the format (`pack_gptq` of the project's oracle `o06_gptq.py`).
+macro_rules! gptq {
+    ($($bits:literal)+) => {
+        [$((
+            $bits,
+            &include_bytes!(concat!("golden/gptq_b", $bits, "_codes_out_in.bin"))[..],
+            &include_bytes!(concat!("golden/gptq_b", $bits, "_zeros_out_group.bin"))[..],
+            &include_bytes!(concat!("golden/gptq_b", $bits, "_qweight.bin"))[..],
+            [
+                &include_bytes!(concat!("golden/gptq_b", $bits, "_qzeros_v1.bin"))[..],
+                &include_bytes!(concat!("golden/gptq_b", $bits, "_qzeros_v2.bin"))[..],
+            ],
+        )),+]
+    };
+}
+
+fn tensor(name: &str, dtype: Dtype, shape: &[usize], bytes: &[u8]) -> Tensor {
+    Tensor::new(format!("l.{name}"), dtype, shape.to_vec(), bytes.to_vec())
+}
+
+fn codes(weight: &QMatrix) -> Vec<u8> {
+    let mut codes = vec![0; weight.rows() * weight.cols()];
+    for (r, row) in codes.chunks_exact_mut(weight.cols()).enumerate() {
+        weight.unpack_row(r, row).unwrap();
+    }
+    codes
+}
+
+#[test]
+fn gptq_words_of_every_width_and_version_are_read_and_written_bit_for_bit() {
+    let (n, k, groups) = (64, 96, 3);
+    for (bits, expected, zeros, qweight, qzeros) in gptq!(2 3 4 8) {
+        for (v2, qzeros) in [false, true].into_iter().zip(qzeros) {
+            let words = k * bits / 32;
+            let mut tensors = vec![
+                tensor("qweight", Dtype::I32, &[words, n], qweight),
+                tensor("qzeros", Dtype::I32, &[groups, n * bits / 32], qzeros),
+                tensor("scales", Dtype::F16, &[groups, n], &[0x00, 0x3c].repeat(groups * n)),
+            ];
+            let gptq = Gptq { v2, ..Gptq::default() };
+            let layer = gptq.read(&tensors, "l").unwrap();
+            assert_eq!(codes(layer.weight()), expected);
+            for (r, zeros) in zeros.chunks_exact(groups).enumerate() {
+                for (group, &zero) in zeros.iter().enumerate() {
+                    assert_eq!(layer.weight().params(r, group).zero, f32::from(zero), "{bits}");
+                }
+            }
+            let g_idx: Vec<u8> = (0..k as i32).flat_map(|j| (j / 32).to_le_bytes()).collect();
+            tensors.push(tensor("g_idx", Dtype::I32, &[k], &g_idx));
+            assert_eq!(gptq.write(&layer, "l").unwrap(), tensors);
+        }
+    }
+}
+
+fn layer(n: usize, k: usize, scheme: QuantScheme) -> QLinear {
+    let w = Mat::from_fn(n, k, |r, c| ((r * k + c) as f32 * 0.61).sin() + 0.1);
+    QLinear::new(QMatrix::quantize(w.as_ref(), scheme).unwrap())
+}
+
+#[test]
+fn scattered_groups_become_a_permutation_of_the_input() {
+    let plain = layer(8, 64, QuantScheme::affine(4, Granularity::PerGroup(16)));
+    let gptq = Gptq { v2: true, ..Gptq::default() };
+    let mut tensors = gptq.write(&plain, "l").unwrap();
+    // Feature j joins group j % 4: the layer whose weight in the order 0 4 8 … 1 5 9 … is `plain`.
+    let place = |j: usize| j % 16 * 4 + j / 16;
+    let mut permuted = plain.clone();
+    permuted = permuted
+        .with_transforms(vec![Transform::Permute((0..64).map(|j| place(j) as u32).collect())])
+        .unwrap();
+    let written = gptq.write(&permuted, "l").unwrap();
+    let g_idx: Vec<u8> = (0..64_i32).flat_map(|j| (j % 4).to_le_bytes()).collect();
+    assert_eq!(written.tensor("l.g_idx").unwrap().bytes, g_idx);
+    assert_eq!(gptq.read(&written, "l").unwrap(), permuted);
+    assert_eq!(gptq.config(&permuted).unwrap()["desc_act"], true);
+
+    // Groups that are not all of one size are none.
+    let view = tensors.iter_mut().find(|tensor| tensor.name == "l.g_idx").unwrap();
+    view.bytes[0] = 1;
+    let error = gptq.read(&tensors, "l").unwrap_err().to_string();
+    assert_eq!(error, "memory: tensor l.scales: g_idx does not make 4 groups of one size");
+}
+
+#[test]
+fn the_version_of_symmetric_gptq_is_seen_not_believed() {
+    for bits in [2, 3, 4, 8] {
+        let layer = layer(64, 96, QuantScheme::symmetric(bits, Granularity::PerGroup(32)));
+        for (written, label) in [(false, true), (true, false), (true, true), (false, false)] {
+            let tensors = Gptq { v2: written, ..Gptq::default() }.write(&layer, "l").unwrap();
+            let read =
+                Gptq { v2: label, symmetric: true, ..Gptq::default() }.read(&tensors, "l").unwrap();
+            assert_eq!(read, layer, "{bits} bits, v2 {written}, labelled {label}");
+        }
+    }
+    let four = layer(8, 32, QuantScheme::symmetric(4, Granularity::PerChannel));
+    for (v2, byte) in [(false, 0x77), (true, 0x88)] {
+        let tensors = Gptq { v2, ..Gptq::default() }.write(&four, "l").unwrap();
+        assert_eq!(tensors.tensor("l.qzeros").unwrap().bytes, [byte; 4]);
+    }
+}
+
+#[test]
+fn version_1_of_gptq_reads_all_ones_as_0_and_does_not_write_it() {
+    let scheme = QuantScheme::affine(4, Granularity::PerChannel);
+    let w = Mat::from_fn(8, 32, |_, c| c as f32); // no negative weight: zero 0
+    let layer = QLinear::new(QMatrix::quantize(w.as_ref(), scheme).unwrap());
+    let v2 = Gptq { v2: true, ..Gptq::default() };
+    let mut tensors = v2.write(&layer, "l").unwrap();
+    assert_eq!(tensors[1].bytes, [0; 4]);
+    tensors[1].bytes.fill(0xff);
+    assert_eq!(Gptq::default().read(&tensors, "l").unwrap(), layer);
+    assert_eq!(
+        Gptq::default().write(&layer, "l").unwrap_err().to_string(),
+        "layer l: gptq cannot hold a zero of 0 in version 1 of the format"
+    );
+}
+
+#[test]
+fn awq_words_are_what_the_definition_says() {
+    let (n, k, group) = (24, 64, 32);
+    let layer = layer(n, k, QuantScheme::affine(4, Granularity::PerGroup(group)));
+    let tensors = Awq::default().write(&layer, "l").unwrap();
+    let word = |name: &str, at: usize| {
+        let bytes = tensors.tensor(name).unwrap().bytes;
+        u32::from_le_bytes(bytes.as_chunks().0[at])
+    };
+    let codes = codes(layer.weight());
+    for (nibble, column) in [0, 2, 4, 6, 1, 3, 5, 7].into_iter().enumerate() {
+        for w in 0..n / 8 {
+            for row in 0..k {
+                let code = word("l.qweight", row * n / 8 + w) >> (4 * nibble) & 15;
+                assert_eq!(code, u32::from(codes[(8 * w + column) * k + row]));
+            }
+            for g in 0..k / group {
+                let zero = word("l.qzeros", g * n / 8 + w) >> (4 * nibble) & 15;
+                assert_eq!(zero as f32, layer.weight().params(8 * w + column, g).zero);
+            }
+        }
+    }
+}
+
+#[test]
+fn awq_for_vectors_pads_zeros_and_scales() {
+    let gemv = Awq { version: AwqVersion::Gemv, group_size: Some(32) };
+    let layer = layer(4, 96, QuantScheme::affine(4, Granularity::PerGroup(32)));
+    let tensors = gemv.write(&layer, "l").unwrap();
+    assert_eq!(tensors.tensor("l.qweight").unwrap().bytes, layer.weight().codes());
+    assert_eq!(tensors.tensor("l.qzeros").unwrap().shape, [4, 4]);
+    assert_eq!(tensors.tensor("l.scales").unwrap().shape, [4, 32]);
+    assert_eq!(gemv.read(&tensors, "l").unwrap(), layer);
+}
+
+#[test]
+fn compressed_zero_points_are_packed_along_the_outputs() {
+    let layer = layer(20, 48, QuantScheme::affine(3, Granularity::PerGroup(16)));
+    let tensors = CompressedPacked::default().write(&layer, "l").unwrap();
+    let zeros = tensors.tensor("l.weight_zero_point").unwrap();
+    assert_eq!(zeros.shape, [2, 3]); // 60 bits are 2 words
+    let words = zeros.bytes.as_chunks::<4>().0;
+    for group in 0..3 {
+        let column = [words[group], words[3 + group]].concat();
+        let mut codes = [0_u8; 20];
+        unpack(3, &column[..packed_len(20, 3)], &mut codes).unwrap();
+        for (r, code) in codes.into_iter().enumerate() {
+            assert_eq!(layer.weight().params(r, group).zero, f32::from(code));
+        }
+    }
+}
+
+#[test]
+fn int8_of_bitsandbytes_is_code_times_row_maximum_over_127() {
+    let tensors = vec![
+        tensor("weight", Dtype::I8, &[2, 2], &[127, 0, 0x81, 64]),
+        Tensor::f32("l.SCB", vec![2], &[1.5, 0.25]),
+        tensor("weight_format", Dtype::U8, &[], &[0]),
+    ];
+    let config = json!({"quant_method": "bitsandbytes", "load_in_8bit": true});
+    let layer = from_config(&config).unwrap().read(&tensors, "l").unwrap();
+    assert_eq!(layer.outliers(), Some(&Outliers::Threshold(6.0)));
+    for (w, expected) in
+        layer.weight().dequantize().data().iter().zip([1.5, 0.0, -0.25, 16. / 127.])
+    {
+        assert!((w - expected).abs() <= 1e-7, "{w} {expected}");
+    }
+    let mut old = tensors;
+    old[2].bytes = vec![1];
+    let error = BnbInt8 { threshold: None }.read(&old, "l").unwrap_err().to_string();
+    assert_eq!(
+        error,
+        "memory: tensor l.weight_format: it is 1, a layout for old GPUs, expected 0: convert the checkpoint"
+    );
+}
+
+#[test]
+fn ggml_blocks_become_layers_of_the_same_weights() {
+    macro_rules! golden {
+        ($($name:ident)+) => {
+            [$((GgmlType::$name, &include_bytes!(concat!("golden/", stringify!($name), ".blocks"))[..])),+]
+        };
+    }
+    for (dtype, bytes) in golden!(Q4_0 Q4_1 Q5_0 Q5_1 Q8_0) {
+        // Six blocks: 2 rows of 3.
+        let weight = tensor("weight", Dtype::Ggml(dtype), &[2, 96], bytes);
+        let layer = Ggml.read(&vec![weight.clone()], "l").unwrap();
+        let view = TensorView { shape: &[2, 96], ..weight.view() };
+        assert_eq!(layer.weight().dequantize().data(), view.to_f32().unwrap(), "{dtype}");
+        assert_eq!(Ggml.write(&layer, "l").unwrap(), [weight]);
+    }
+}
+
+#[test]
+fn what_a_convention_cannot_hold_is_refused_by_name() {
+    let int4 = layer(8, 64, QuantScheme::symmetric(4, Granularity::PerGroup(32)));
+    let int5 = layer(8, 64, QuantScheme::symmetric(5, Granularity::PerGroup(32)));
+    let real = ZeroFormat::Real(ScaleFormat::F16);
+    let real = layer(8, 64, QuantScheme { zero: real, ..int4.weight().scheme() });
+    let w8a8 = int4.clone().with_activation(Some(ActivationScheme::INT8_PER_TOKEN));
+    let hadamard = int4.clone().with_transforms(vec![Transform::hadamard(64, 1)]).unwrap();
+    let tensor = layer(8, 64, QuantScheme::symmetric(4, Granularity::PerTensor));
+    let odd = layer(7, 63, QuantScheme::symmetric(4, Granularity::PerGroup(32)));
+    let gemv = Awq { version: AwqVersion::Gemv, group_size: None };
+    let int8 = BnbInt8 { threshold: None };
+    let all: [(&dyn Convention, &QLinear, &str); 12] = [
+        (&Gptq::default(), &int5, "codes of 5 bits, only of 2, 3, 4 or 8"),
+        (&Gptq::default(), &real, "zeros as Real(F16)"),
+        (&Gptq::default(), &w8a8, "quantized activations"),
+        (&Gptq::default(), &hadamard, "a transform of the input but a permutation"),
+        (&Gptq::default(), &tensor, "scales PerTensor"),
+        (&Awq::default(), &int5, "codes of 5 bits, only of 4"),
+        (&Awq::default(), &odd, "7 outputs, only multiples of 8"),
+        (&gemv, &odd, "63 inputs, only multiples of 8"),
+        (&int8, &int4, "anything but 8 bits, symmetric, a scale per channel"),
+        (&CompressedInt::default(), &int4, "anything but codes of 8 bits"),
+        (&CompressedPacked::default(), &hadamard, "a transform of the input"),
+        (&Ggml, &odd, "rows of 63, only multiples of 32"),
+    ];
+    for (convention, layer, expected) in all {
+        let error = convention.write(layer, "l").unwrap_err().to_string();
+        assert_eq!(error, format!("layer l: {} cannot hold {expected}", convention.name()));
+    }
+}
+
+#[test]
+fn the_convention_is_found_in_the_configuration_that_it_writes() {
+    let int4 = layer(64, 64, QuantScheme::affine(4, Granularity::PerGroup(32)));
+    let int8 = layer(64, 64, QuantScheme::symmetric(8, Granularity::PerChannel));
+    let w8a8 = int8.clone().with_activation(Some(ActivationScheme::INT8_PER_TOKEN));
+    let all: [(&dyn Convention, &QLinear); 7] = [
+        (&Gptq::default(), &int4),
+        (&Gptq { v2: true, ..Gptq::default() }, &int4),
+        (&Awq::default(), &int4),
+        (&Awq { version: AwqVersion::Gemv, group_size: None }, &int4),
+        (&CompressedPacked::default(), &int4),
+        (&CompressedInt { dynamic: false }, &int8),
+        (&CompressedInt { dynamic: true }, &w8a8),
+    ];
+    for (convention, layer) in all {
+        let found = from_config(&convention.config(layer).unwrap()).unwrap();
+        let tensors = convention.write(layer, "l").unwrap();
+        assert!(found.holds(&tensors, "l"));
+        assert_eq!(found.read(&tensors, "l").unwrap(), *layer, "{convention:?}");
+    }
+    for (config, expected) in [
+        (json!({}), "quantization_config: it has no quant_method"),
+        (json!({"quant_method": "quip"}), "quantization_config: the quant_method \"quip\""),
+        (
+            json!({"quant_method": "gptq", "checkpoint_format": "marlin"}),
+            "quantization_config: the checkpoint_format \"marlin\" is not supported",
+        ),
+        (
+            json!({"quant_method": "awq", "version": "marlin"}),
+            "quantization_config: version \"marlin\" of awq is not supported",
+        ),
+    ] {
+        let error = from_config(&config).unwrap_err().to_string();
+        assert!(error.starts_with(expected), "{error}");
+    }
+}
+
+/// Every convention, and schemes that it holds.
+fn conventions() -> Vec<(Box<dyn Convention>, Vec<QuantScheme>)> {
+    let per = [Granularity::PerChannel, Granularity::PerGroup(32), Granularity::PerGroup(64)];
+    let formats = [ScaleFormat::F16, ScaleFormat::Bf16, ScaleFormat::F32];
+    let schemes = |bits: &[u8], zeros: &[ZeroFormat]| -> Vec<QuantScheme> {
+        let mut all = Vec::new();
+        for &bits in bits {
+            for &zero in zeros {
+                for (granularity, scale_format) in per.into_iter().zip(formats) {
+                    let scheme = QuantScheme::symmetric(bits, granularity);
+                    all.push(QuantScheme { zero, scale_format, ..scheme });
+                }
+            }
+        }
+        all
+    };
+    let (both, symmetric) = ([ZeroFormat::Midpoint, ZeroFormat::Int], [ZeroFormat::Midpoint]);
+    let gguf = |bits, zero| QuantScheme {
+        zero,
+        ..QuantScheme::symmetric(bits, Granularity::PerGroup(32))
+    };
+    let offset = ZeroFormat::Offset(ScaleFormat::F16);
+    vec![
+        (Box::new(Gptq { v2: true, ..Gptq::default() }), schemes(&[2, 3, 4, 8], &both)),
+        (Box::new(Gptq::default()), schemes(&[2, 3, 4, 8], &symmetric)),
+        (Box::new(Awq::default()), schemes(&[4], &both)),
+        (Box::new(CompressedPacked::default()), schemes(&[1, 2, 3, 4, 5, 6, 7, 8], &both)),
+        (Box::new(CompressedInt::default()), schemes(&[8], &both)),
+        (
+            Box::new(Ggml),
+            vec![
+                gguf(4, ZeroFormat::Midpoint),
+                gguf(5, ZeroFormat::Midpoint),
+                gguf(8, ZeroFormat::Midpoint),
+                gguf(4, offset),
+                gguf(5, offset),
+            ],
+        ),
+    ]
+}
+
+proptest! {
+    #[test]
+    fn what_is_written_is_read(
+        convention in 0..6_usize,
+        scheme in any::<prop::sample::Index>(),
+        rows in 1..5_usize,
+        cols in 1..5_usize,
+        seed: u32,
+        bias: bool,
+    ) {
+        let (convention, schemes) = &conventions()[convention];
+        // Rows of whole words and columns of whole groups, as the tools that write such files have.
+        let (n, k) = (8 * rows, 64 * cols);
+        let scheme = schemes[scheme.index(schemes.len())];
+        let w = Mat::from_fn(n, k, |r, c| {
+            let x = (r * k + c) as u32;
+            (x.wrapping_mul(0x9e37_79b9).wrapping_add(seed) >> 8) as f32 / 16_777_216.0 - 0.4
+        });
+        let weight = QMatrix::quantize(w.as_ref(), scheme).unwrap();
+        let bias = bias.then(|| (0..n).map(|i| i as f32).collect());
+        let layer = QLinear::new(weight).with_bias(bias).unwrap();
+        let tensors = convention.write(&layer, "l").unwrap();
+        prop_assert!(convention.holds(&tensors, "l"));
+        let read = convention.read(&tensors, "l").unwrap();
+        prop_assert_eq!(read.weight().dequantize(), layer.weight().dequantize());
+        prop_assert_eq!(read.bias(), layer.bias());
+        // A whole row in one group is one scale per channel, and zeros that are all the midpoint are
+        // none: but for that, the same layer, and the same tensors.
+        prop_assert_eq!(codes(read.weight()), codes(layer.weight()));
+        prop_assert_eq!(read.weight().scales(), layer.weight().scales());
+        prop_assert_eq!(convention.write(&read, "l").unwrap(), tensors);
+    }
+
+    #[test]
+    fn codes_of_bitsandbytes_come_back_and_scales_almost(seed: u32, rows in 1..9_usize) {
+        let w = Mat::from_fn(rows, 40, |r, c| ((r * 40 + c) as f32 + seed as f32).sin());
+        for scale_format in [ScaleFormat::F32, ScaleFormat::F16, ScaleFormat::Bf16] {
+            let scheme = QuantScheme::symmetric(8, Granularity::PerChannel);
+            let weight = QMatrix::quantize(w.as_ref(), QuantScheme { scale_format, ..scheme });
+            let layer = QLinear::new(weight.unwrap());
+            let int8 = BnbInt8 { threshold: None };
+            let read = int8.read(&int8.write(&layer, "l").unwrap(), "l").unwrap();
+            prop_assert_eq!(read.weight().codes(), layer.weight().codes());
+            for row in 0..rows {
+                let (a, b) = (read.weight().params(row, 0).scale, layer.weight().params(row, 0).scale);
+                prop_assert!(a.to_bits().abs_diff(b.to_bits()) <= 1, "{a} {b}");
+            }
+        }
+    }
+
+    #[test]
+    fn wrong_tensors_are_errors(
+        convention in 0..6_usize,
+        scheme in any::<prop::sample::Index>(),
+        tensor in any::<prop::sample::Index>(),
+        shape in prop::collection::vec(prop_oneof![0..70_usize, Just(usize::MAX)], 0..4),
+        dtype in 0..6_usize,
+        what in 0..4_u8,
+        fill: u8,
+    ) {
+        let (convention, schemes) = &conventions()[convention];
+        let layer = layer(16, 64, schemes[scheme.index(schemes.len())]);
+        let mut tensors = convention.write(&layer, "l").unwrap();
+        let at = tensor.index(tensors.len());
+        let types = [Dtype::F32, Dtype::F16, Dtype::I8, Dtype::I32, Dtype::I64, Dtype::U8];
+        let broken = &mut tensors[at];
+        match what {
+            0 => broken.shape = shape,
+            1 => broken.dtype = types[dtype],
+            2 => broken.bytes.truncate(usize::from(fill)),
+            _ => broken.bytes.fill(fill),
+        }
+        if what == 0 && let Some((weights, bytes)) = broken.dtype.block() {
+            // In files the bytes fit the shape, so that what is behind this check is seen too.
+            let len = broken.shape.iter().try_fold(1_usize, |n, &size| n.checked_mul(size));
+            if let Some(len) = len.filter(|&len| len < 1 << 16) {
+                broken.bytes.resize(len / weights * bytes, fill);
+            }
+        }
+        if let Ok(layer) = convention.read(&tensors, "l") {
+            let _ = layer.weight().dequantize();
+        }
+        tensors.remove(at);
+        let _ = convention.read(&tensors, "l");
+    }
+}
+
+#[test]
+fn static_activations_keep_their_scale() {
+    let scales = ActivationScales::Static { scale: 0.03, zero_point: 0 };
+    let activation = Some(ActivationScheme { dtype: ActivationType::Int8, scales });
+    let int8 = layer(16, 32, QuantScheme::symmetric(8, Granularity::PerTensor));
+    let layer = int8.with_activation(activation);
+    let convention = CompressedInt::default();
+    assert_eq!(convention.read(&convention.write(&layer, "l").unwrap(), "l").unwrap(), layer);
+}
