@@ -112,7 +112,7 @@ impl Awq {
         let mut zeros = vec![0; n * zero_words * PER_WORD];
         parts::unpack_rows(4, qzeros.bytes, zero_words * PER_WORD, &mut zeros);
         let zeros = parts::restride(zeros, n, zero_words * PER_WORD, groups);
-        let bytes = scale_format.bytes();
+        let bytes = parts::scale_len(scale_format);
         let scales = parts::restride(scales.bytes.to_vec(), n, padded * bytes, groups * bytes);
         let codes = qweight.bytes.to_vec();
         let parts = Parts { codes, scales, zeros, groups, group_size, scale_format };
@@ -204,7 +204,7 @@ impl Convention for Awq {
                 let words = groups.div_ceil(PER_WORD).next_multiple_of(multiple);
                 let padded = words * PER_WORD;
                 let zeros = parts::restride(zeros, n, groups, padded);
-                let bytes = format.bytes();
+                let bytes = parts::scale_len(format);
                 let scales = weight.scales().to_vec();
                 let scales = parts::restride(scales, n, groups * bytes, padded * bytes);
                 let qzeros = parts::pack_rows(4, &zeros, padded);

@@ -119,7 +119,6 @@ impl<'a> Writer<'a> {
     pub(super) fn bits(self) -> Result<u8> {
         match self.weight().scheme().dtype {
             QuantType::Int { bits } => Ok(bits),
-            #[allow(unreachable_patterns, reason = "other types are on their way")]
             other => Err(self.unsupported(format!("{other:?} codes"))),
         }
     }
@@ -139,7 +138,7 @@ impl<'a> Writer<'a> {
             ScaleFormat::F32 => Ok(Dtype::F32),
             ScaleFormat::F16 => Ok(Dtype::F16),
             ScaleFormat::Bf16 => Ok(Dtype::Bf16),
-            other => Err(self.unsupported(format!("scales in {other:?}"))),
+            other => Err(self.unsupported(format!("scales in {}", other.name()))),
         }
     }
 
@@ -232,10 +231,15 @@ pub(super) fn transposed_scales(
     rows: usize,
     cols: usize,
 ) -> Vec<u8> {
-    match format.bytes() {
+    match scale_len(format) {
         4 => transposed::<4>(from, rows, cols),
         _ => transposed::<2>(from, rows, cols),
     }
+}
+
+/// Bytes of a scale in F32, F16 or BF16.
+pub(super) fn scale_len(format: ScaleFormat) -> usize {
+    format.bytes((1, 1)).unwrap_or(4)
 }
 
 /// Rows of bytes made shorter or longer; what is new is 0.
