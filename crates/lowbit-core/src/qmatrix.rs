@@ -1,8 +1,8 @@
-use alloc::{vec, vec::Vec};
+use alloc::vec::Vec;
 
 use lowbit_dtypes::{packed_len, unpack};
 
-use crate::{Error, Mat, Params, QuantScheme, QuantType, Result, ScaleFormat, ZeroFormat};
+use crate::{Error, Mat, MatMut, Params, QuantScheme, QuantType, Result, ScaleFormat, ZeroFormat};
 
 /// A quantized `(out_features, in_features)` weight matrix: bit-packed codes, scales and zeros.
 ///
@@ -209,41 +209,106 @@ impl<S: AsRef<[u8]>> QMatrix<S> {
         if w.data().is_empty() {
             return w;
         }
-        let (block_rows, block_cols) = self.block();
-        let grid_cols = self.grid().1;
-        let mut params = Vec::with_capacity(grid_cols);
-        let mut codes = vec![0; self.cols];
-        let dtype = self.scheme.dtype;
-        let levels = match dtype {
-            QuantType::Int { .. } => None,
-            _ => Some(core::array::from_fn::<_, 256, _>(|code| dtype.level(code as u8))),
-        };
+        let (block_rows, _) = self.block();
+        let levels = self.levels();
+        let mut params = Vec::with_capacity(self.grid().1);
         for (r, row) in w.as_mut().iter_rows_mut().enumerate() {
-            // Fails only if `S` no longer gives the bytes that `from_parts` has checked.
-            if self.unpack_row(r, &mut codes).is_err() {
-                continue;
-            }
             if r % block_rows == 0 {
                 params.clear();
-                params.extend((0..grid_cols).map(|b| self.params(r / block_rows, b)));
+                params.extend((0..self.grid().1).map(|b| self.params(r / block_rows, b)));
             }
-            let blocks = row.chunks_mut(block_cols).zip(codes.chunks(block_cols)).zip(&params);
-            for ((row, codes), params) in blocks {
-                match &levels {
-                    None => {
-                        for (w, &code) in row.iter_mut().zip(codes) {
-                            *w = params.real(f32::from(code));
-                        }
-                    }
-                    Some(levels) => {
-                        for (w, &code) in row.iter_mut().zip(codes) {
-                            *w = params.real(levels[usize::from(code)]);
-                        }
-                    }
-                }
-            }
+            self.dequantize_row(r, &levels, |b| params[b], row);
         }
         w
+    }
+
+    /// Row `ids[i]` of [`dequantize`](Self::dequantize) in row `i` of `to`, in any order and as often as
+    /// asked for: the lookup of tokens in a quantized embedding. Only these rows are unpacked, and nothing
+    /// is allocated.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] if `to` is not `(ids.len(), cols)`, [`Error::OutOfRange`] at the first id that is
+    /// not below the number of rows; nothing has been written then.
+    ///
+    /// # Example
+    /// ```
+    /// use lowbit_core::{Granularity, Mat, QMatrix, QuantScheme};
+    ///
+    /// let embedding = Mat::from_fn(100, 64, |token, c| ((token * 64 + c) as f32).sin());
+    /// let scheme = QuantScheme::symmetric(4, Granularity::PerGroup(32));
+    /// let embedding = QMatrix::quantize(embedding.as_ref(), scheme)?;
+    ///
+    /// let mut x = Mat::zeros(3, 64);
+    /// embedding.dequantize_rows(&[7, 99, 7], x.as_mut())?;
+    /// assert_eq!(x.as_ref().row(1), embedding.dequantize().as_ref().row(99));
+    /// assert!(embedding.dequantize_rows(&[7, 100, 7], x.as_mut()).is_err());
+    /// # Ok::<(), lowbit_core::Error>(())
+    /// ```
+    pub fn dequantize_rows(&self, ids: &[u32], mut to: MatMut<'_, f32>) -> Result<()> {
+        let expected = (ids.len(), self.cols);
+        if to.shape() != expected {
+            return Err(Error::Shape { what: "dequantized rows", expected, got: to.shape() });
+        }
+        if let Some(&id) = ids.iter().find(|&&id| id as usize >= self.rows) {
+            let (max, got) = (self.rows as i64 - 1, i64::from(id));
+            return Err(Error::OutOfRange { what: "row of a matrix", min: 0, max, got });
+        }
+        let (block_rows, _) = self.block();
+        let levels = self.levels();
+        for (&id, to) in ids.iter().zip(to.iter_rows_mut()) {
+            let r = id as usize;
+            self.dequantize_row(r, &levels, |b| self.params(r / block_rows, b), to);
+        }
+        Ok(())
+    }
+
+    /// The levels of all codes.
+    fn levels(&self) -> [f32; 256] {
+        let dtype = self.scheme.dtype;
+        let mut levels = [0.0; 256];
+        for (code, level) in (0..=dtype.max_code()).zip(&mut levels) {
+            *level = dtype.level(code);
+        }
+        levels
+    }
+
+    /// Row `r`, whose blocks have `params`.
+    fn dequantize_row(
+        &self,
+        r: usize,
+        levels: &[f32; 256],
+        params: impl Fn(usize) -> Params,
+        to: &mut [f32],
+    ) {
+        /// Codes unpacked at a time; their fields are whole bytes, whatever their width.
+        const CHUNK: usize = 512;
+        let bits = u32::from(self.scheme.dtype.bits());
+        let block_cols = self.block().1;
+        let is_int = matches!(self.scheme.dtype, QuantType::Int { .. });
+        let packed = self.codes().get(r * packed_len(self.cols, bits)..).unwrap_or(&[]);
+        let mut unpacked = [0_u8; CHUNK];
+        for (i, to) in to.chunks_mut(CHUNK).enumerate() {
+            let codes = &mut unpacked[..to.len()];
+            let bytes = packed.get(i * packed_len(CHUNK, bits)..).unwrap_or(&[]);
+            let bytes = bytes.get(..packed_len(codes.len(), bits)).unwrap_or(&[]);
+            // Fails only if `S` no longer gives the bytes that `from_parts` has checked.
+            if unpack(bits, bytes, codes).is_err() {
+                continue;
+            }
+            let mut start = 0;
+            while start < codes.len() {
+                let col = i * CHUNK + start;
+                let end = codes.len().min(start + block_cols - col % block_cols);
+                let params = params(col / block_cols);
+                let block = to[start..end].iter_mut().zip(&codes[start..end]);
+                if is_int {
+                    block.for_each(|(w, &code)| *w = params.real(f32::from(code)));
+                } else {
+                    block.for_each(|(w, &code)| *w = params.real(levels[usize::from(code)]));
+                }
+                start = end;
+            }
+        }
     }
 
     /// Every byte stored: codes, scales and zeros, padding included.
