@@ -1,17 +1,16 @@
-//! `PackedLinear::forward`: quantize or pad the activations once, then compute the tiles of the
+//! `PackedLinear::forward_to`: quantize or pad the activations once, then compute the tiles of the
 //! output in any order on the caller's threads.
 
 use std::ops::Range;
 
-use lowbit_core::{
-    ActivationScales, ActivationScheme, ActivationType, Context, Error, Linear, MatMut, MatRef,
-    Outliers, Result, check_shapes, encode_row_int8, encode_row_uint8, group_sums,
-    quantize_row_int8, quantize_row_uint8, range::min_max,
-};
+use lowbit_core::{ActivationScales, Context, Error, Linear, MatMut, MatRef, Outliers, Result};
+use lowbit_dtypes::{Overflow, Rounding, SmallFloat, bf16, encode_slice, f16};
 use rayon::prelude::*;
 
 use crate::{
+    io::{Input, Output},
     packed::{PackedLinear, has_zeros_or_groups},
+    rows::{Quantizer, RowLayout, tensor_params},
     tile::{Int8Row, MR, NR, Panel},
 };
 
@@ -30,35 +29,184 @@ impl Linear for PackedLinear {
         self.shape().0
     }
 
-    fn forward(&self, x: MatRef<'_, f32>, mut y: MatMut<'_, f32>, ctx: &mut Context) -> Result<()> {
-        check_shapes(self, x, &y)?;
-        let (n, k) = self.shape();
-        if x.rows() == 0 || n == 0 {
-            return Ok(());
-        }
-        let work = x.rows().saturating_mul(n).saturating_mul(k);
-        let pool = ctx.pool().filter(|_| work >= PARALLEL_WORK).cloned();
-        let threads = Threads(pool.as_deref());
-        if self.transforms().is_empty() {
-            self.multiply(x, y.reborrow(), ctx, threads)?;
-        } else {
-            // [T(x); m, k][spare; m, k], or pairs of rows
-            let mut rows = ctx.take_rows(2 * x.rows() * k);
-            let result = self.transform(x, &mut rows, threads).and_then(|()| {
-                let transformed = MatRef::with_row_stride(&rows, x.rows(), k, 2 * k)?;
-                self.multiply(transformed, y.reborrow(), ctx, threads)
-            });
-            ctx.give_back_rows(rows);
-            result?;
-        }
-        match self.adapter() {
-            Some(adapter) => add_rows(x, y, threads, |x, y| adapter.add(x, y)),
-            None => Ok(()),
-        }
+    fn forward(&self, x: MatRef<'_, f32>, y: MatMut<'_, f32>, ctx: &mut Context) -> Result<()> {
+        self.forward_to(x, y, ctx)
     }
 }
 
 impl PackedLinear {
+    /// As [`forward`](Linear::forward), for activations that are in 8 bits already and for results in
+    /// other types: see [`Input`] and [`Output`]. Each number is computed as there and then rounded once,
+    /// on its way out of the kernel.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] and [`Error::Length`] if operands do not fit, [`Error::Parameter`] for a scale that
+    /// is no positive finite number, [`Error::OutOfRange`] for a code of −128 in an int8 activation,
+    /// [`Error::Unsupported`] for codes of another type than the layer quantizes to, for codes beside
+    /// what is multiplied in f32 (transforms, outliers, adapters), for results other than f32 beside
+    /// outliers and adapters, and for [`Output::I32`] of a layer with f32 activations or more than
+    /// one group in a row. Otherwise as [`forward`](Linear::forward).
+    ///
+    /// # Example
+    /// Two layers, with int8 between them:
+    /// ```
+    /// use lowbit_core::{
+    ///     ActivationScales, ActivationScheme, ActivationType, Context, Granularity, Linear, Mat,
+    ///     QLinear, QMatrix, QuantScheme,
+    /// };
+    /// use lowbit_kernels::{Input, Output, PackedLinear};
+    ///
+    /// let layer = |scale| {
+    ///     let w = Mat::from_fn(16, 16, |r, c| ((r * 16 + c) as f32).sin());
+    ///     let q = QMatrix::quantize(w.as_ref(), QuantScheme::symmetric(8, Granularity::PerChannel))?;
+    ///     let scales = ActivationScales::Static { scale, zero_point: 0 };
+    ///     let scheme = ActivationScheme { dtype: ActivationType::Int8, scales };
+    ///     PackedLinear::new(&QLinear::new(q).with_activation(Some(scheme)))
+    /// };
+    /// let (first, second) = (layer(0.01)?, layer(0.05)?);
+    /// let x = Mat::from_fn(2, 16, |r, c| ((r + c) as f32).cos());
+    /// let ctx = &mut Context::new();
+    ///
+    /// let mut codes = Mat::zeros(2, 16);
+    /// first.forward_to(x.as_ref(), Output::Int8 { codes: codes.as_mut(), scale: 0.05 }, ctx)?;
+    /// let mut y = Mat::zeros(2, 16);
+    /// second.forward_to(Input::Int8 { codes: codes.as_ref(), scales: &[0.05] }, y.as_mut(), ctx)?;
+    ///
+    /// // As by way of f32.
+    /// let (mut between, mut expected) = (Mat::zeros(2, 16), Mat::zeros(2, 16));
+    /// first.forward(x.as_ref(), between.as_mut(), ctx)?;
+    /// second.forward(between.as_ref(), expected.as_mut(), ctx)?;
+    /// assert_eq!(y, expected);
+    /// # Ok::<(), lowbit_core::Error>(())
+    /// ```
+    pub fn forward_to<'x, 'y>(
+        &self,
+        x: impl Into<Input<'x>>,
+        y: impl Into<Output<'y>>,
+        ctx: &mut Context,
+    ) -> Result<()> {
+        let (x, y) = (x.into(), y.into());
+        self.check(x, &y)?;
+        let ((m, k), n) = (x.shape(), self.out_features());
+        if m == 0 || n == 0 {
+            return Ok(());
+        }
+        let work = m.saturating_mul(n).saturating_mul(k);
+        let pool = ctx.pool().filter(|_| work >= PARALLEL_WORK).cloned();
+        let threads = Threads(pool.as_deref());
+        match y {
+            Output::F32(mut y) => {
+                let copy = |from: &[f32], to: &mut [f32]| to.copy_from_slice(from);
+                self.transformed(x, ctx, threads, |x, ctx| {
+                    self.multiply(x, y.reborrow(), ctx, threads, false, copy)?;
+                    self.add_f32_terms(x, y.reborrow(), ctx, threads)
+                })?;
+                match (self.adapter(), x) {
+                    (Some(adapter), Input::F32(x)) => {
+                        add_rows(x, y, threads, |x, y| adapter.add(x, y))
+                    }
+                    _ => Ok(()),
+                }
+            }
+            Output::Bf16(y) => self.transformed(x, ctx, threads, |x, ctx| {
+                self.multiply(x, y, ctx, threads, false, round::<bf16>)
+            }),
+            Output::F16(y) => self.transformed(x, ctx, threads, |x, ctx| {
+                self.multiply(x, y, ctx, threads, false, round::<f16>)
+            }),
+            Output::Int8 { codes, scale } => self.transformed(x, ctx, threads, |x, ctx| {
+                self.multiply(x, codes, ctx, threads, false, |y, to| {
+                    pulp::Arch::new().dispatch(EncodeInt8 { y, scale, to });
+                })
+            }),
+            Output::UInt8 { codes, scale, zero_point } => {
+                self.transformed(x, ctx, threads, |x, ctx| {
+                    self.multiply(x, codes, ctx, threads, false, |y, to| {
+                        pulp::Arch::new().dispatch(EncodeUint8 { y, scale, zero_point, to });
+                    })
+                })
+            }
+            Output::I32(y) => self.transformed(x, ctx, threads, |x, ctx| {
+                let copy = |from: &[f32], to: &mut [i32]| {
+                    to.copy_from_slice(bytemuck::cast_slice(from));
+                };
+                self.multiply(x, y, ctx, threads, true, copy)
+            }),
+        }
+    }
+
+    /// Refuses operands that do not fit.
+    fn check(&self, x: Input<'_>, y: &Output<'_>) -> Result<()> {
+        let refuse = |what: String| Err(Error::Unsupported { by: "PackedLinear", what });
+        let (n, k) = self.shape();
+        let m = x.shape().0;
+        for (what, expected, got) in [("input", (m, k), x.shape()), ("output", (m, n), y.shape())] {
+            if expected != got {
+                return Err(Error::Shape { what, expected, got });
+            }
+        }
+        let features = self.outlier_features().is_some() || self.sparse().is_some();
+        let added_in_f32 = features || self.adapter().is_some();
+        if let Some((dtype, scales, zeros)) = x.codes() {
+            if self.activation().map(|scheme| scheme.dtype) != Some(dtype) {
+                return refuse(format!(
+                    "{dtype:?} codes for activations of {:?}",
+                    self.activation()
+                ));
+            }
+            if let Some(ActivationScales::PerTokenGroup(_)) = self.activation().map(|s| s.scales) {
+                return refuse("codes for activations with a scale for each group".to_string());
+            }
+            if added_in_f32 || !self.transforms().is_empty() {
+                return refuse("codes beside transforms, outliers or an adapter".to_string());
+            }
+            for (what, got) in [("activation scales", scales.len()), ("zero-points", zeros)] {
+                if got != 1 && got != m {
+                    return Err(Error::Length { what, expected: m, got });
+                }
+            }
+            scales.iter().try_for_each(|&scale| check_scale("activation scale", scale))?;
+        }
+        if added_in_f32 && !matches!(y, Output::F32(_)) {
+            return refuse("results other than f32 beside outliers or an adapter".to_string());
+        }
+        match *y {
+            Output::Int8 { scale, .. } | Output::UInt8 { scale, .. } => {
+                check_scale("output scale", scale)
+            }
+            Output::I32(_) if self.activation().is_none() => {
+                refuse("i32 results of f32 activations".to_string())
+            }
+            Output::I32(_) if self.group().1 > 1 => refuse(format!(
+                "i32 results of {} groups in a row, each with a scale of its own",
+                self.group().1
+            )),
+            _ => Ok(()),
+        }
+    }
+
+    /// Calls `then` with `T(x)`.
+    fn transformed(
+        &self,
+        x: Input<'_>,
+        ctx: &mut Context,
+        threads: Threads<'_>,
+        then: impl FnOnce(Input<'_>, &mut Context) -> Result<()>,
+    ) -> Result<()> {
+        let x = match x {
+            Input::F32(x) if !self.transforms().is_empty() => x,
+            x => return then(x, ctx),
+        };
+        let (m, k) = x.shape();
+        // [T(x); m, k][spare; m, k], or pairs of rows
+        let mut rows = ctx.take_rows(2 * m * k);
+        let result = self
+            .transform(x, &mut rows, threads)
+            .and_then(|()| then(Input::F32(MatRef::with_row_stride(&rows, m, k, 2 * k)?), ctx));
+        ctx.give_back_rows(rows);
+        result
+    }
+
     /// Writes `T(x)` to the first half of each `2·k` numbers of `to`.
     fn transform(&self, x: MatRef<'_, f32>, to: &mut [f32], threads: Threads<'_>) -> Result<()> {
         for (row, x) in x.iter_rows().enumerate().filter(|_| self.activation().is_some()) {
@@ -78,65 +226,74 @@ impl PackedLinear {
         Ok(())
     }
 
-    /// `y = Q·x + S·x + bias`.
-    fn multiply(
+    /// Stores `Q·x + bias`, or the integers of `Q·x` if `exact` (as bits of f32).
+    fn multiply<T: Send>(
         &self,
-        x: MatRef<'_, f32>,
-        mut y: MatMut<'_, f32>,
+        x: Input<'_>,
+        y: MatMut<'_, T>,
         ctx: &mut Context,
         threads: Threads<'_>,
+        exact: bool,
+        store: impl Fn(&[f32], &mut [T]) + Sync,
     ) -> Result<()> {
-        match self.activation() {
-            None => self.forward_f32(x, y.reborrow(), ctx, threads)?,
-            Some(scheme) => {
-                let known = match scheme.scales {
-                    ActivationScales::Static { scale, zero_point } => Some((scale, zero_point)),
-                    ActivationScales::PerTensor => {
+        match (self.activation(), x) {
+            (None, Input::F32(x)) => {
+                self.multiply_f32(x, y, ctx, threads, store);
+                Ok(())
+            }
+            (Some(scheme), x) => {
+                let known = match (scheme.scales, x) {
+                    (ActivationScales::Static { scale, zero_point }, _) => {
+                        Some((scale, zero_point))
+                    }
+                    (ActivationScales::PerTensor, Input::F32(x)) => {
                         Some(tensor_params(scheme.dtype, x, self.outlier_features())?)
                     }
                     _ => None,
                 };
-                self.forward_int8(x, y.reborrow(), ctx, threads, Quantizer { scheme, known })?;
+                let quantizer = Quantizer { scheme, known };
+                self.multiply_int8(x, y, ctx, threads, quantizer, exact, store)
             }
-        }
-        match self.sparse() {
-            Some(sparse) => add_rows(x, y, threads, |x, y| sparse.add(x, y)),
-            None => Ok(()),
+            (None, _) => Ok(()), // `check` has refused it
         }
     }
 
-    fn forward_f32(
+    fn multiply_f32<T: Send>(
         &self,
         x: MatRef<'_, f32>,
-        y: MatMut<'_, f32>,
+        y: MatMut<'_, T>,
         ctx: &mut Context,
         threads: Threads<'_>,
-    ) -> Result<()> {
+        store: impl Fn(&[f32], &mut [T]) + Sync,
+    ) {
         let (m, width) = (x.rows(), self.padded_k());
         let padded: &mut [f32] = bytemuck::cast_slice_mut(ctx.scratch(m * width * 4));
         threads.chunks(padded, width, |row, to| {
             pad(x.row(row).unwrap_or(&[]), to, self.group().0, self.padded_group());
         });
         let padded = &*padded;
-        self.tiles(y, threads, |panel, rows, out| {
+        let tile = |panel: &Panel<'_>, rows: Range<usize>, out: &mut [[f32; NR]]| {
             let mut x = [&[][..]; MR];
             for (x, row) in x.iter_mut().zip(rows.clone()) {
                 *x = &padded[row * width..][..width];
             }
             self.microkernel().f32(panel, &x[..rows.len()], out);
-        });
-        Ok(())
+        };
+        self.tiles(y, threads, self.bias(), tile, store);
     }
 
-    fn forward_int8(
+    #[allow(clippy::too_many_arguments, reason = "one call")]
+    fn multiply_int8<T: Send>(
         &self,
-        x: MatRef<'_, f32>,
-        mut y: MatMut<'_, f32>,
+        x: Input<'_>,
+        y: MatMut<'_, T>,
         ctx: &mut Context,
         threads: Threads<'_>,
         quantizer: Quantizer,
+        exact: bool,
+        store: impl Fn(&[f32], &mut [T]) + Sync,
     ) -> Result<()> {
-        let m = x.rows();
+        let (m, k) = x.shape();
         let layout = RowLayout {
             width: self.padded_k(),
             groups: self.group().1,
@@ -144,50 +301,94 @@ impl PackedLinear {
         };
         // A row of scratch: its quantized form and, with outliers, [x without them f32; k].
         let quantized = layout.bytes();
-        let rest = if self.outlier_features().is_some() { 4 * x.cols() } else { 0 };
+        let rest = if self.outlier_features().is_some() { 4 * k } else { 0 };
         let stride = quantized + rest.next_multiple_of(64);
         let scratch = ctx.scratch(m * stride);
-        let quantize = |row: usize, to: &mut [u8]| {
+        threads.chunks(scratch, stride, |row, to| {
             let (to, rest) = to.split_at_mut(quantized);
             let mut to = layout.split_mut(to);
-            // NaN marks a row that could not be quantized.
-            let x = x.row(row).unwrap_or(&[]);
-            let x = match self.outlier_features() {
-                None => x,
-                Some(outliers) => {
-                    let rest = bytemuck::cast_slice_mut(&mut rest[..4 * x.len()]);
-                    without(outliers, x, rest);
-                    rest
+            let result = match x {
+                Input::F32(x) => {
+                    let x = x.row(row).unwrap_or(&[]);
+                    let x = match self.outlier_features() {
+                        None => x,
+                        Some(outliers) => {
+                            let rest = bytemuck::cast_slice_mut(&mut rest[..4 * x.len()]);
+                            without(outliers, x, rest);
+                            rest
+                        }
+                    };
+                    self.quantize_row(x, quantizer, &mut to)
+                }
+                Input::Int8 { codes, scales } => {
+                    self.load_int8(codes.row(row).unwrap_or(&[]), shared(scales, row), &mut to)
+                }
+                Input::UInt8 { codes, scales, zero_points } => {
+                    let (scale, zero) = (shared(scales, row), shared(zero_points, row));
+                    self.load_uint8(codes.row(row).unwrap_or(&[]), scale, zero, &mut to);
+                    Ok(())
                 }
             };
-            *to.scale = self.quantize_row(x, quantizer, &mut to).unwrap_or(f32::NAN);
-        };
-        threads.chunks(scratch, stride, quantize);
+            if result.is_err() {
+                *to.scale = f32::NAN; // looked for below
+            }
+        });
 
         let row = |row: usize| layout.split(&scratch[row * stride..][..quantized]);
-        for (r, x) in x.iter_rows().enumerate() {
-            if row(r).0.is_nan() {
-                let col = x.iter().position(|x| !x.is_finite()).unwrap_or(0);
-                return Err(Error::NotFinite { what: "activation", row: r, col });
-            }
+        if let Some(row) = (0..m).find(|&r| row(r).0.is_nan()) {
+            return Err(match x {
+                Input::F32(x) => {
+                    let x = x.row(row).unwrap_or(&[]);
+                    let col = x.iter().position(|x| !x.is_finite()).unwrap_or(0);
+                    Error::NotFinite { what: "activation", row, col }
+                }
+                _ => {
+                    let what = "int8 code of an activation";
+                    Error::OutOfRange { what, min: -127, max: 127, got: -128 }
+                }
+            });
         }
-        self.tiles(y.reborrow(), threads, |panel, rows, out| {
+        let tile = |panel: &Panel<'_>, rows: Range<usize>, out: &mut [[f32; NR]]| {
             let mut a = [Int8Row::default(); MR];
             let mut scales = [0.0; MR];
             for ((a, scale), r) in a.iter_mut().zip(&mut scales).zip(rows.clone()) {
                 (*scale, *a) = row(r);
             }
-            self.microkernel().int8(panel, &a[..rows.len()], out);
-            for (out, scale) in out.iter_mut().zip(scales) {
+            let a = &mut a[..rows.len()];
+            let mut panel = Panel { exact, ..*panel };
+            if exact && panel.sums.is_empty() {
+                // Zeros of 0 for the one group that there is.
+                panel.sums = &[[0; NR]];
+                a.iter_mut().for_each(|a| (a.zeros, a.scales) = (&[0], &[1.0]));
+            }
+            self.microkernel().int8(&panel, a, out);
+            for (out, scale) in out.iter_mut().zip(scales).filter(|_| !exact) {
                 for y in out {
                     *y *= scale;
                 }
             }
-        });
+        };
+        self.tiles(y, threads, self.bias().filter(|_| !exact), tile, store);
+        Ok(())
+    }
+
+    /// Adds what the layer multiplies in f32.
+    fn add_f32_terms(
+        &self,
+        x: Input<'_>,
+        y: MatMut<'_, f32>,
+        ctx: &mut Context,
+        threads: Threads<'_>,
+    ) -> Result<()> {
+        let Input::F32(x) = x else { return Ok(()) };
         if let Some(outliers) = self.outlier_features() {
             self.add_outliers(outliers, x, y, ctx, threads);
+            return Ok(());
         }
-        Ok(())
+        match self.sparse() {
+            Some(sparse) => add_rows(x, y, threads, |x, y| sparse.add(x, y)),
+            None => Ok(()),
+        }
     }
 
     /// `y += x_j·w_j` for every outlier, feature by feature in ascending order.
@@ -245,45 +446,6 @@ impl PackedLinear {
         }
     }
 
-    /// Quantizes a row and spreads its groups to whole steps. Gives the scale of the row, which is 1 if
-    /// each group has its own.
-    fn quantize_row(&self, x: &[f32], quantizer: Quantizer, to: &mut RowMut<'_>) -> Result<f32> {
-        let ((group_size, groups), padded) = (self.group(), self.padded_group());
-        let shared = match quantizer.scheme.scales {
-            ActivationScales::PerTokenGroup(shared) => Some(shared),
-            _ => None,
-        };
-        let chunk = shared.unwrap_or(x.len()).max(1);
-        let chunk_groups = chunk.div_ceil(group_size);
-        let (codes, rest) = to.codes.split_at_mut(x.len());
-        rest.fill(0);
-        let mut row_scale = 1.0;
-        for (i, (x, codes)) in x.chunks(chunk).zip(codes.chunks_mut(chunk)).enumerate() {
-            let (scale, zero) = quantizer.encode(x, codes)?;
-            let group_scale = match shared {
-                Some(_) => scale,
-                None => std::mem::replace(&mut row_scale, scale),
-            };
-            if !to.zeros.is_empty() {
-                let these = i * chunk_groups..groups.min((i + 1) * chunk_groups);
-                to.zeros[these.clone()].fill(zero);
-                to.scales[these].fill(group_scale);
-            }
-        }
-        group_sums(codes, group_size, to.sums);
-        if padded != group_size {
-            // From the last group backwards, so that none is overwritten before it has moved.
-            for g in (0..groups).rev() {
-                let (from, start) = (g * group_size, g * padded);
-                let len = group_size.min(x.len() - from);
-                to.codes.copy_within(from..from + len, start);
-                let end = to.codes.len().min(start + padded);
-                to.codes[start + len..end].fill(0);
-            }
-        }
-        Ok(row_scale)
-    }
-
     /// Rows of a task: equal parts of `m`, as near as calls of the kernel's rows allow.
     fn task_rows(&self, m: usize) -> usize {
         let kernel = self.microkernel();
@@ -295,12 +457,15 @@ impl PackedLinear {
         m.div_ceil(m.div_ceil(most).max(1)).max(1).next_multiple_of(kernel.rows)
     }
 
-    /// Computes every tile of `y`: `tile(panel, rows, out)` fills `out`, to which the bias is added.
-    fn tiles(
+    /// Computes every tile of `y`: `tile(panel, rows, out)` fills `out`, to which the bias is added
+    /// before it is stored.
+    fn tiles<T: Send>(
         &self,
-        y: MatMut<'_, f32>,
+        y: MatMut<'_, T>,
         threads: Threads<'_>,
+        bias: Option<&[f32]>,
         tile: impl Fn(&Panel<'_>, Range<usize>, &mut [[f32; NR]]) + Sync,
+        store: impl Fn(&[f32], &mut [T]) + Sync,
     ) {
         let ((m, n), stride) = (y.shape(), y.row_stride());
         let y = Columns { start: y.into_data().as_mut_ptr(), stride, m, n };
@@ -315,7 +480,7 @@ impl PackedLinear {
             };
             let first = row_task * task_rows;
             let cols = panel * NR..n.min(panel * NR + NR);
-            let bias = self.bias().map(|bias| &bias[cols.clone()]);
+            let bias = bias.map(|bias| &bias[cols.clone()]);
             let last = m.min(first + task_rows);
             let mut codes = self.panel(panel);
             let next: &[u8] = if kernel.keeps_rows && panel + 1 < panels {
@@ -329,7 +494,10 @@ impl PackedLinear {
                 let part = |row: usize| next.len() * (row - first) / (last - first);
                 codes.next = &next[part(rows.start)..part(rows.end)];
                 tile(&codes, rows.clone(), &mut out[..rows.len()]);
-                for (row, out) in rows.zip(&out) {
+                for (row, out) in rows.zip(&mut out) {
+                    if let Some(bias) = bias {
+                        out.iter_mut().zip(bias).for_each(|(out, bias)| *out += bias);
+                    }
                     #[allow(
                         unsafe_code,
                         reason = "tasks write to interleaved columns of the same rows"
@@ -337,17 +505,74 @@ impl PackedLinear {
                     // SAFETY: row < m and cols.end <= n; no other task has this panel's columns of
                     // these rows.
                     let y = unsafe { y.part(row, cols.clone()) };
-                    match bias {
-                        Some(bias) => {
-                            for ((y, out), bias) in y.iter_mut().zip(out).zip(bias) {
-                                *y = out + bias;
-                            }
-                        }
-                        None => y.copy_from_slice(&out[..y.len()]),
-                    }
+                    store(&out[..y.len()], y);
                 }
             }
         });
+    }
+}
+
+/// The element of a row, or that of all rows.
+fn shared<T: Copy>(values: &[T], row: usize) -> T {
+    if values.len() == 1 { values[0] } else { values[row] }
+}
+
+fn check_scale(what: &'static str, scale: f32) -> Result<()> {
+    if scale > 0.0 && scale.is_finite() {
+        return Ok(());
+    }
+    let expected = "a positive finite number";
+    Err(Error::Parameter { what, value: scale.into(), expected })
+}
+
+/// To the nearest, ties to even.
+fn round<H: SmallFloat>(y: &[f32], to: &mut [H]) {
+    // Fails only on unequal lengths.
+    let _ = encode_slice(y, to, Rounding::NearestEven, Overflow::Infinity);
+}
+
+/// `y / scale` to the nearest integer, ties to even, saturating; 0 for NaN.
+#[inline(always)]
+fn steps(y: f32, scale: f32, lowest: f32, highest: f32) -> i32 {
+    const MAGIC: f32 = 12_582_912.0; // 1.5 · 2^23: the sum has a unit of 1
+    let steps = y / scale;
+    let steps = if steps.is_nan() { 0.0 } else { steps };
+    (steps.max(lowest).min(highest) + MAGIC).to_bits() as i32 - MAGIC.to_bits() as i32
+}
+
+struct EncodeInt8<'a> {
+    y: &'a [f32],
+    scale: f32,
+    to: &'a mut [i8],
+}
+
+impl pulp::NullaryFnOnce for EncodeInt8<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn call(self) {
+        for (&y, to) in self.y.iter().zip(self.to) {
+            *to = steps(y, self.scale, -127.0, 127.0) as i8;
+        }
+    }
+}
+
+struct EncodeUint8<'a> {
+    y: &'a [f32],
+    scale: f32,
+    zero_point: u8,
+    to: &'a mut [u8],
+}
+
+impl pulp::NullaryFnOnce for EncodeUint8<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn call(self) {
+        let zero = f32::from(self.zero_point);
+        for (&y, to) in self.y.iter().zip(self.to) {
+            *to = (steps(y, self.scale, -zero, 255.0 - zero) + i32::from(self.zero_point)) as u8;
+        }
     }
 }
 
@@ -366,135 +591,6 @@ fn add_rows(
         }
     });
     Ok(())
-}
-
-/// How rows become integers.
-#[derive(Clone, Copy)]
-struct Quantizer {
-    scheme: ActivationScheme,
-    /// Scale and zero-point, where they do not depend on the row.
-    known: Option<(f32, u8)>,
-}
-
-impl Quantizer {
-    /// Quantizes numbers that share a scale. Gives it, and what the codes count from.
-    ///
-    /// Codes of uint8 are stored as `code − 128`, which kernels multiply as they do those of int8.
-    fn encode(self, x: &[f32], codes: &mut [i8]) -> Result<(f32, i32)> {
-        match (self.scheme.dtype, self.known) {
-            (ActivationType::UInt8, known) => {
-                let unsigned: &mut [u8] = bytemuck::cast_slice_mut(codes);
-                let (scale, zero) = match known {
-                    None => quantize_row_uint8(x, unsigned)?,
-                    Some((scale, zero)) => {
-                        encode_row_uint8(x, scale, zero, unsigned)?;
-                        (scale, zero)
-                    }
-                };
-                for code in unsigned {
-                    *code ^= 128;
-                }
-                Ok((scale, i32::from(zero) - 128))
-            }
-            (_, None) => Ok((quantize_row_int8(x, codes)?, 0)),
-            (_, Some((scale, _))) => {
-                encode_row_int8(x, scale, codes)?;
-                Ok((scale, 0))
-            }
-        }
-    }
-}
-
-/// A quantized row in scratch memory:
-/// `[codes i8; width][scale f32][sums i32; groups][zeros i32; groups][scales f32; groups]`, zeros and
-/// scales only if `affine`. The codes begin with a cache line.
-#[derive(Clone, Copy)]
-struct RowLayout {
-    width: usize,
-    groups: usize,
-    affine: bool,
-}
-
-struct RowMut<'a> {
-    codes: &'a mut [i8],
-    scale: &'a mut f32,
-    sums: &'a mut [i32],
-    zeros: &'a mut [i32],
-    scales: &'a mut [f32],
-}
-
-impl RowLayout {
-    /// A multiple of a cache line.
-    fn bytes(self) -> usize {
-        (self.width + 4 + 4 * (self.groups + 2 * self.extra())).next_multiple_of(64)
-    }
-
-    fn extra(self) -> usize {
-        if self.affine { self.groups } else { 0 }
-    }
-
-    fn split_mut(self, row: &mut [u8]) -> RowMut<'_> {
-        let (codes, row) = row.split_at_mut(self.width);
-        let (scale, row) = row.split_at_mut(4);
-        let (sums, row) = row.split_at_mut(4 * self.groups);
-        let (zeros, row) = row.split_at_mut(4 * self.extra());
-        RowMut {
-            codes: bytemuck::cast_slice_mut(codes),
-            scale: bytemuck::from_bytes_mut(scale),
-            sums: bytemuck::cast_slice_mut(sums),
-            zeros: bytemuck::cast_slice_mut(zeros),
-            scales: bytemuck::cast_slice_mut(&mut row[..4 * self.extra()]),
-        }
-    }
-
-    /// The scale of the row, and the rest.
-    fn split(self, row: &[u8]) -> (f32, Int8Row<'_>) {
-        let (codes, row) = row.split_at(self.width);
-        let (scale, row) = row.split_at(4);
-        let (sums, row) = row.split_at(4 * self.groups);
-        let (zeros, row) = row.split_at(4 * self.extra());
-        let row = Int8Row {
-            codes: bytemuck::cast_slice(codes),
-            sums: bytemuck::cast_slice(sums),
-            zeros: bytemuck::cast_slice(zeros),
-            scales: bytemuck::cast_slice(&row[..4 * self.extra()]),
-        };
-        (*bytemuck::from_bytes(scale), row)
-    }
-}
-
-/// Scale and zero-point that all rows share, known outlier features left out. (Packing has refused a
-/// threshold beside them.)
-fn tensor_params(
-    dtype: ActivationType,
-    x: MatRef<'_, f32>,
-    outliers: Option<&Outliers>,
-) -> Result<(f32, u8)> {
-    let known = match outliers {
-        Some(Outliers::Columns(known)) => known.columns(),
-        _ => &[],
-    };
-    let mut all = (0.0_f32, 0.0_f32);
-    for (row, x) in x.iter_rows().enumerate() {
-        // What lies between one of them and the next; they too must be finite.
-        let mut start = 0;
-        for end in known.iter().copied().chain([x.len()]) {
-            let outlier = x.get(end).is_none_or(|x| x.is_finite());
-            let between = x.get(start..end).filter(|between| !between.is_empty());
-            match between.map(min_max).transpose() {
-                Ok(range) if outlier => {
-                    let (lo, hi) = range.unwrap_or_default();
-                    all = (all.0.min(lo), all.1.max(hi));
-                }
-                _ => {
-                    let col = x.iter().position(|x| !x.is_finite()).unwrap_or(0);
-                    return Err(Error::NotFinite { what: "activation", row, col });
-                }
-            }
-            start = end + 1;
-        }
-    }
-    dtype.params(all)
 }
 
 /// `y += x·w`, product and sum each rounded.
@@ -601,8 +697,8 @@ impl Threads<'_> {
 }
 
 /// A matrix whose parts different tasks write.
-struct Columns {
-    start: *mut f32,
+struct Columns<T> {
+    start: *mut T,
     stride: usize,
     m: usize,
     n: usize,
@@ -610,16 +706,16 @@ struct Columns {
 
 #[allow(unsafe_code, reason = "tasks write to interleaved columns of the same rows")]
 // SAFETY: `part` asks its callers to keep the parts apart.
-unsafe impl Sync for Columns {}
+unsafe impl<T: Send> Sync for Columns<T> {}
 
-impl Columns {
+impl<T> Columns<T> {
     /// Columns `cols` of `row`.
     ///
     /// # Safety
     /// `row < m`, `cols.end <= n`, and nobody else uses these elements meanwhile.
     #[allow(unsafe_code, reason = "tasks write to interleaved columns of the same rows")]
     #[allow(clippy::mut_from_ref, reason = "the caller keeps the parts apart")]
-    unsafe fn part(&self, row: usize, cols: Range<usize>) -> &mut [f32] {
+    unsafe fn part(&self, row: usize, cols: Range<usize>) -> &mut [T] {
         debug_assert!(row < self.m && cols.end <= self.n);
         // SAFETY: MatMut has checked that `m` rows of `n` elements at this stride are in bounds.
         unsafe {

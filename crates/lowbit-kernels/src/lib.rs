@@ -26,14 +26,17 @@
 #![deny(unsafe_code)]
 
 mod forward;
+mod io;
 #[allow(unsafe_code, reason = "instructions of particular CPUs are unsafe to call on others")]
 mod isa;
 mod packed;
 pub mod roofline;
+mod rows;
 mod tile;
 
 #[cfg(test)]
 mod tests;
 
+pub use io::{Input, Output};
 pub use isa::kernels;
 pub use packed::PackedLinear;

@@ -243,6 +243,7 @@ impl PackedLinear {
                 true => &[],
                 false => &self.sums[index * self.group.1..][..self.group.1],
             },
+            exact: false,
             storage: self.storage,
             steps: self.storage.steps_of_group(self.group.0),
             next: &[],

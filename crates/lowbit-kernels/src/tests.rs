@@ -5,12 +5,13 @@ use std::sync::Arc;
 use lowbit_core::testing::{Family, LinearProblem, Promise};
 use lowbit_core::{
     ActivationScales, ActivationScheme, ActivationType, Adapter, Context, Error, Granularity,
-    Linear, Mat, OutlierColumns, Outliers, QLinear, QMatrix, QuantScheme, SparseRows, Transform,
-    ZeroFormat, f16, presets,
+    Linear, Mat, OutlierColumns, Outliers, QActivations, QLinear, QMatrix, QuantScheme, SparseRows,
+    Transform, ZeroFormat, encode_row_int8, encode_row_uint8, f16, presets,
 };
+use lowbit_dtypes::bf16;
 use proptest::prelude::*;
 
-use crate::{PackedLinear, kernels};
+use crate::{Input, Output, PackedLinear, kernels};
 
 #[derive(Clone, Debug)]
 struct Problem {
@@ -205,6 +206,203 @@ proptest! {
             prop_assert!((y - expected).abs() < 1e-4 * (1.0 + expected.abs()), "{} {}", y, expected);
         }
     }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(128))]
+
+    /// The bits of f32 results that are then converted.
+    #[test]
+    fn results_of_every_type_are_those_in_f32_rounded_once(
+        (m, n) in (0..9_usize, 0..70_usize),
+        (k, scheme, activation) in (0..90_usize, scheme()).prop_flat_map(|(k, scheme)| {
+            (Just(k), Just(scheme), activation(scheme, k))
+        }),
+        bias in any::<bool>(),
+        scale in prop::sample::select(vec![1e-30_f32, 1e-3, 0.02, 1.0, 1e30]),
+        zero_point in any::<u8>(),
+        seed in any::<u64>(),
+    ) {
+        let problem = Problem { m, n, k, scheme, activation, bias, extreme: false, seed };
+        let (layer, x) = (problem.layer(), problem.input());
+        for kernel in kernels() {
+            let packed = PackedLinear::with_kernel(&layer, kernel).unwrap();
+            let ctx = &mut Context::new();
+            let mut y = Mat::zeros(m, n);
+            packed.forward(x.as_ref(), y.as_mut(), ctx).unwrap();
+
+            let mut halves = Mat::from_fn(m, n, |_, _| bf16::NAN);
+            packed.forward_to(x.as_ref(), halves.as_mut(), ctx).unwrap();
+            prop_assert!(halves.data().iter().zip(y.data()).all(|(h, &y)| *h == bf16::from_f32(y)));
+            let mut halves = Mat::from_fn(m, n, |_, _| f16::NAN);
+            packed.forward_to(x.as_ref(), halves.as_mut(), ctx).unwrap();
+            prop_assert!(halves.data().iter().zip(y.data()).all(|(h, &y)| *h == f16::from_f32(y)));
+
+            let (mut codes, mut expected) = (Mat::zeros(m, n), Mat::zeros(m, n));
+            let to = Output::Int8 { codes: codes.as_mut(), scale };
+            packed.forward_to(x.as_ref(), to, ctx).unwrap();
+            encode_row_int8(y.data(), scale, expected.data_mut()).unwrap();
+            prop_assert_eq!(codes, expected);
+
+            let (mut codes, mut expected) = (Mat::zeros(m, n), Mat::zeros(m, n));
+            let to = Output::UInt8 { codes: codes.as_mut(), scale, zero_point };
+            packed.forward_to(x.as_ref(), to, ctx).unwrap();
+            encode_row_uint8(y.data(), scale, zero_point, expected.data_mut()).unwrap();
+            prop_assert_eq!(codes, expected);
+        }
+    }
+
+    #[test]
+    fn integers_come_out_exactly(
+        (m, n, k) in (0..9_usize, 0..70_usize, 0..200_usize),
+        bits in 1..=8_u8,
+        zero in prop_oneof![Just(ZeroFormat::Midpoint), Just(ZeroFormat::Int)],
+        per_tensor in any::<bool>(),
+        unsigned in any::<bool>(),
+        extreme in any::<bool>(),
+        seed in any::<u64>(),
+    ) {
+        let granularity = if per_tensor { Granularity::PerTensor } else { Granularity::PerChannel };
+        let scheme = QuantScheme { zero, ..QuantScheme::affine(bits, granularity) };
+        let dtype = if unsigned { ActivationType::UInt8 } else { ActivationType::Int8 };
+        let activation = ActivationScheme { dtype, scales: ActivationScales::PerToken };
+        let problem =
+            Problem { m, n, k, scheme, activation: Some(activation), bias: true, extreme, seed };
+        let (layer, x) = (problem.layer(), problem.input());
+        let a = QActivations::quantize(x.as_ref(), activation).unwrap();
+        let mut w = Mat::zeros(n, k);
+        for (r, w) in w.as_mut().iter_rows_mut().enumerate() {
+            layer.weight().unpack_row(r, w).unwrap();
+        }
+        let expected = Mat::from_fn(m, n, |r, c| {
+            let w_zero = layer.weight().params(c / layer.weight().block().0, 0).zero as i32;
+            let a_zero = a.params(r, 0).zero as i32;
+            let pairs = w.as_ref().row(c).unwrap().iter().zip(a.row(r).unwrap());
+            pairs.map(|(&w, &a)| (i32::from(w) - w_zero) * (i32::from(a) - a_zero)).sum::<i32>()
+        });
+        for kernel in kernels() {
+            let packed = PackedLinear::with_kernel(&layer, kernel).unwrap();
+            let mut y = Mat::from_fn(m, n, |_, _| -1);
+            packed.forward_to(x.as_ref(), y.as_mut(), &mut Context::new()).unwrap();
+            prop_assert_eq!(&y, &expected, "{}", kernel);
+        }
+    }
+
+    /// Codes as the layer itself would compute them give what the numbers give.
+    #[test]
+    fn activations_may_come_in_8_bits(
+        (m, n, k) in (1..9_usize, 1..70_usize, 0..150_usize),
+        scheme in scheme(),
+        scales in prop_oneof![
+            Just(ActivationScales::PerToken),
+            Just(ActivationScales::PerTensor),
+            Just(ActivationScales::Static { scale: 0.0002, zero_point: 0 }),
+        ],
+        unsigned in any::<bool>(),
+        seed in any::<u64>(),
+    ) {
+        let dtype = if unsigned { ActivationType::UInt8 } else { ActivationType::Int8 };
+        let activation = ActivationScheme { dtype, scales };
+        let problem = Problem {
+            m, n, k, scheme, activation: Some(activation), bias: true, extreme: false, seed,
+        };
+        let (layer, x) = (problem.layer(), problem.input());
+        let a = QActivations::quantize(x.as_ref(), activation).unwrap();
+        let rows = if matches!(scales, ActivationScales::PerToken) { m } else { 1 };
+        // Without features there is no group, and any scale will do.
+        let params: Vec<_> = (0..rows).map(|r| a.params(r, 0)).collect();
+        let scale_of = |r: usize| if k == 0 { 1.0 } else { params[r].scale };
+        let scales: Vec<_> = (0..rows).map(scale_of).collect();
+        let zero_points: Vec<_> = params.iter().map(|params| params.zero as u8).collect();
+        let code = |r, c: usize| a.row(r).map_or(0, |row| row[c]);
+        for kernel in kernels() {
+            let packed = PackedLinear::with_kernel(&layer, kernel).unwrap();
+            let ctx = &mut Context::new();
+            let (mut expected, mut y) = (Mat::zeros(m, n), Mat::zeros(m, n));
+            packed.forward(x.as_ref(), expected.as_mut(), ctx).unwrap();
+            if unsigned {
+                let codes = Mat::from_fn(m, k, |r, c| code(r, c) as u8);
+                let (scales, zero_points) = (&scales[..], &zero_points[..]);
+                let x = Input::UInt8 { codes: codes.as_ref(), scales, zero_points };
+                packed.forward_to(x, y.as_mut(), ctx).unwrap();
+            } else {
+                let codes = Mat::from_fn(m, k, |r, c| code(r, c) as i8);
+                let x = Input::Int8 { codes: codes.as_ref(), scales: &scales };
+                packed.forward_to(x, y.as_mut(), ctx).unwrap();
+            }
+            prop_assert_eq!(&y, &expected, "{}", kernel);
+        }
+    }
+}
+
+#[test]
+fn nan_becomes_real_zero_in_codes() {
+    let w = Mat::new(vec![1.0, 1.0], 1, 2).unwrap();
+    let q = QMatrix::quantize(w.as_ref(), QuantScheme::symmetric(8, Granularity::PerChannel));
+    let packed = PackedLinear::new(&QLinear::new(q.unwrap())).unwrap();
+    let x =
+        Mat::new(vec![f32::NAN, 0.0, f32::INFINITY, 0.0, f32::NEG_INFINITY, 0.0], 3, 2).unwrap();
+    let mut codes = Mat::zeros(3, 1);
+    let ctx = &mut Context::new();
+    let y = Output::Int8 { codes: codes.as_mut(), scale: 1.0 };
+    packed.forward_to(x.as_ref(), y, ctx).unwrap();
+    assert_eq!(codes.data(), [0, 127, -127]);
+    let mut codes = Mat::zeros(3, 1);
+    let y = Output::UInt8 { codes: codes.as_mut(), scale: 1.0, zero_point: 7 };
+    packed.forward_to(x.as_ref(), y, ctx).unwrap();
+    assert_eq!(codes.data(), [7, 255, 0]);
+}
+
+#[test]
+fn operands_of_other_types_that_do_not_fit_are_errors_and_nothing_is_written() {
+    let scheme = QuantScheme::symmetric(8, Granularity::PerChannel);
+    let activation = Some(ActivationScheme::INT8_PER_TOKEN);
+    let problem =
+        Problem { m: 2, n: 3, k: 4, scheme, activation, bias: true, extreme: false, seed: 1 };
+    let (layer, x) = (problem.layer(), problem.input());
+    let ctx = &mut Context::new();
+    let mut y = Mat::from_fn(2, 3, |_, _| 5.0);
+    let mut sums = Mat::from_fn(2, 3, |_, _| 5);
+    let mut halves = Mat::from_fn(2, 3, |_, _| f16::ONE);
+    let codes = Mat::from_fn(2, 4, |r, c| if (r, c) == (1, 2) { -128 } else { 1_i8 });
+    let bytes = Mat::from_fn(2, 4, |_, _| 1_u8);
+
+    let packed = PackedLinear::new(&layer).unwrap();
+    let int8 = |scales| Input::Int8 { codes: codes.as_ref(), scales };
+    let length = packed.forward_to(int8(&[1.0; 3]), y.as_mut(), ctx);
+    assert_eq!(length, Err(Error::Length { what: "activation scales", expected: 2, got: 3 }));
+    let nan = packed.forward_to(int8(&[1.0, f32::NAN]), y.as_mut(), ctx);
+    assert!(matches!(nan, Err(Error::Parameter { .. })));
+    let lowest = packed.forward_to(int8(&[1.0]), y.as_mut(), ctx);
+    assert!(matches!(lowest, Err(Error::OutOfRange { got: -128, .. })));
+    let uint8 = Input::UInt8 { codes: bytes.as_ref(), scales: &[1.0], zero_points: &[0] };
+    let other = packed.forward_to(uint8, y.as_mut(), ctx);
+    assert!(matches!(other, Err(Error::Unsupported { .. })));
+    let mut to = Mat::zeros(2, 3);
+    let scale = Output::Int8 { codes: to.as_mut(), scale: 0.0 };
+    let scale = packed.forward_to(x.as_ref(), scale, ctx);
+    assert!(matches!(scale, Err(Error::Parameter { .. })));
+    let shape = packed.forward_to(x.as_ref(), Mat::<f16>::zeros(3, 2).as_mut(), ctx);
+    assert_eq!(shape, Err(Error::Shape { what: "output", expected: (2, 3), got: (3, 2) }));
+
+    let plain = PackedLinear::new(&layer.clone().with_activation(None)).unwrap();
+    let groups = PackedLinear::new(
+        &Problem { scheme: QuantScheme::symmetric(8, Granularity::PerGroup(2)), ..problem }.layer(),
+    );
+    let outliers = layer.with_outliers(Some(Outliers::Threshold(6.0))).unwrap();
+    let outliers = PackedLinear::new(&outliers).unwrap();
+    for result in [
+        plain.forward_to(x.as_ref(), sums.as_mut(), ctx),
+        plain.forward_to(int8(&[1.0]), y.as_mut(), ctx),
+        groups.unwrap().forward_to(x.as_ref(), sums.as_mut(), ctx),
+        outliers.forward_to(x.as_ref(), halves.as_mut(), ctx),
+        outliers.forward_to(int8(&[1.0]), y.as_mut(), ctx),
+    ] {
+        assert!(matches!(result, Err(Error::Unsupported { .. })), "{result:?}");
+    }
+    assert!(y.data().iter().all(|&y| y == 5.0));
+    assert!(sums.data().iter().all(|&y| y == 5));
+    assert!(halves.data().iter().all(|&y| y == f16::ONE));
 }
 
 #[test]

@@ -56,6 +56,8 @@ pub(crate) struct Panel<'a> {
     pub(crate) zeros: &'a [[u8; NR]],
     /// `Σ (code − zero)`, `[groups][NR]`; empty unless activations have zeros, or scales for each group.
     pub(crate) sums: &'a [[i32; NR]],
+    /// Do totals become the bits of the integer sums of the only group? The panel has sums then.
+    pub(crate) exact: bool,
     pub(crate) storage: Storage,
     /// Steps of a full group.
     pub(crate) steps: usize,
@@ -136,6 +138,7 @@ pub(crate) trait Isa<const L: usize>: Copy {
     fn level<const SHIFT: u32, const MASK: i32>(self, codes: Self::I32) -> Self::F32;
 
     fn to_f32(self, x: Self::I32) -> Self::F32;
+    fn reinterpret(self, x: Self::I32) -> Self::F32;
     fn add(self, a: Self::F32, b: Self::F32) -> Self::F32;
     fn mul(self, a: Self::F32, b: Self::F32) -> Self::F32;
     fn sub(self, a: Self::F32, b: Self::F32) -> Self::F32;
@@ -308,6 +311,10 @@ pub(crate) fn flush_group<
             if AFFINE {
                 let sums: &[[[i32; L]; NV]] = bytemuck::cast_slice(&panel.sums[g]);
                 dot = isa.sub_mul(dot, isa.load_i32(&sums[h][v]), rows[r].zeros[g]);
+                if panel.exact {
+                    total[r][v] = isa.reinterpret(dot);
+                    continue;
+                }
             }
             let mut term = isa.mul(isa.to_f32(dot), scale);
             if AFFINE {

@@ -10,9 +10,9 @@ use std::{
 
 use lowbit_core::{
     ActivationScales, ActivationScheme, ActivationType, Context, Granularity, Linear, Mat,
-    Outliers, QLinear, QMatrix, QuantScheme, Transform,
+    Outliers, QLinear, QMatrix, QuantScheme, Transform, f16,
 };
-use lowbit_kernels::{PackedLinear, kernels};
+use lowbit_kernels::{Input, Output, PackedLinear, kernels};
 
 struct Counting;
 
@@ -60,23 +60,36 @@ fn a_warm_context_allocates_nothing() {
         pool.broadcast(|_| ());
         pool.install(|| rayon::join(|| (), || ()));
     }
+    let count = |what: &str, run: &mut (dyn FnMut(&mut Context) + Send)| {
+        let mut count = |ctx: &mut Context| {
+            (0..3).for_each(|_| run(ctx));
+            let before = ALLOCATIONS.load(Ordering::SeqCst);
+            (0..10).for_each(|_| run(ctx));
+            ALLOCATIONS.load(Ordering::SeqCst) - before
+        };
+        assert_eq!(count(&mut Context::new()), 0, "{what}");
+        let on_pool = pool.install(|| count(&mut Context::with_pool(pool.clone())));
+        assert_eq!(on_pool, 0, "{what}, on a pool");
+    };
+    let mut y = Mat::zeros(m, n);
+    let mut halves = Mat::<f16>::zeros(m, n);
+    let mut codes = Mat::<u8>::zeros(m, n);
+    let int8_x = Mat::from_fn(m, k, |r, c| (r * k + c) as i8 / 2);
     for kernel in kernels() {
         for layer in [&layer, &int8, &uint8, &outliers, &rotated] {
             let packed = PackedLinear::with_kernel(layer, kernel).unwrap();
-            let mut y = Mat::zeros(m, n);
-            let mut count = |ctx: &mut Context| {
-                for _ in 0..3 {
-                    packed.forward(x.as_ref(), y.as_mut(), ctx).unwrap();
-                }
-                let before = ALLOCATIONS.load(Ordering::SeqCst);
-                for _ in 0..10 {
-                    packed.forward(x.as_ref(), y.as_mut(), ctx).unwrap();
-                }
-                ALLOCATIONS.load(Ordering::SeqCst) - before
-            };
-            assert_eq!(count(&mut Context::new()), 0, "{kernel}, {packed:?}");
-            let on_pool = pool.install(|| count(&mut Context::with_pool(pool.clone())));
-            assert_eq!(on_pool, 0, "{kernel} on a pool, {packed:?}");
+            count(&format!("{packed:?}"), &mut |ctx| {
+                packed.forward(x.as_ref(), y.as_mut(), ctx).unwrap();
+            });
         }
+        let packed = PackedLinear::with_kernel(&int8, kernel).unwrap();
+        count(&format!("{kernel}, codes to halves"), &mut |ctx| {
+            let x = Input::Int8 { codes: int8_x.as_ref(), scales: &[0.1] };
+            packed.forward_to(x, halves.as_mut(), ctx).unwrap();
+        });
+        count(&format!("{kernel}, numbers to codes"), &mut |ctx| {
+            let y = Output::UInt8 { codes: codes.as_mut(), scale: 0.1, zero_point: 100 };
+            packed.forward_to(x.as_ref(), y, ctx).unwrap();
+        });
     }
 }

@@ -47,10 +47,10 @@ pub use lowbit_core::{
     Division, Encoder, Error, Fit, Granularity, IntegerLevels, Levels, Linear, Mat, MatMut, MatRef,
     OutlierColumns, Outliers, Params, QActivations, QLinear, QMatrix, QuantScheme, QuantType,
     Range, Result, Rounding, ScaleFormat, SparseRows, StepFormat, SymmetricScale, Transform,
-    TwoLevel, ZeroFormat, check_shapes, encode_row_int8, group_sums, metrics, presets,
-    quantize_row_int8, quantize_row_uint8, range,
+    TwoLevel, ZeroFormat, check_shapes, encode_row_int8, encode_row_uint8, group_sums, metrics,
+    presets, quantize_row_int8, quantize_row_uint8, range,
 };
-pub use lowbit_kernels::{PackedLinear, kernels, roofline};
+pub use lowbit_kernels::{Input, Output, PackedLinear, kernels, roofline};
 
 pub use lowbit_core::{fake_quant, integer};
 pub use lowbit_dtypes as dtypes;

@@ -444,6 +444,7 @@ mod tests {
             scales: &[[0.5; NR]],
             zeros: &[[1; NR]],
             sums: &[],
+            exact: false,
             storage: Storage::Bytes,
             steps: 3,
             next: &[],

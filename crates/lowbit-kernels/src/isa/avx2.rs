@@ -220,6 +220,12 @@ impl<const VNNI: bool> Isa<8> for Avx<VNNI> {
     }
 
     #[inline(always)]
+    fn reinterpret(self, x: __m256i) -> __m256 {
+        // SAFETY: see above.
+        unsafe { _mm256_castsi256_ps(x) }
+    }
+
+    #[inline(always)]
     fn add(self, a: __m256, b: __m256) -> __m256 {
         // SAFETY: see above.
         unsafe { _mm256_add_ps(a, b) }

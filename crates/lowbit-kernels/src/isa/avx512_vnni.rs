@@ -159,6 +159,12 @@ impl Isa<16> for Avx512Vnni {
     }
 
     #[inline(always)]
+    fn reinterpret(self, x: __m512i) -> __m512 {
+        // SAFETY: see above.
+        unsafe { _mm512_castsi512_ps(x) }
+    }
+
+    #[inline(always)]
     fn add(self, a: __m512, b: __m512) -> __m512 {
         // SAFETY: see above.
         unsafe { _mm512_add_ps(a, b) }

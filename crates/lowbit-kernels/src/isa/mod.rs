@@ -148,6 +148,7 @@ mod tests {
                         scales: &[[1.0; NR]],
                         zeros: &[[zero; NR]],
                         sums: if affine { &sums } else { &[] },
+                        exact: false,
                         storage,
                         steps: 1,
                         next: &[],

@@ -297,6 +297,12 @@ impl<const DOT: u8> Isa<4> for Neon<DOT> {
     }
 
     #[inline(always)]
+    fn reinterpret(self, x: int32x4_t) -> float32x4_t {
+        // SAFETY: see above.
+        unsafe { vreinterpretq_f32_s32(x) }
+    }
+
+    #[inline(always)]
     fn add(self, a: float32x4_t, b: float32x4_t) -> float32x4_t {
         // SAFETY: see above.
         unsafe { vaddq_f32(a, b) }

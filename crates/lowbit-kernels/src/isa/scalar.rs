@@ -92,6 +92,10 @@ impl Isa<8> for Scalar {
         x.map(|x| x as f32)
     }
 
+    fn reinterpret(self, x: [i32; 8]) -> [f32; 8] {
+        x.map(|x| f32::from_bits(x as u32))
+    }
+
     fn add(self, a: [f32; 8], b: [f32; 8]) -> [f32; 8] {
         core::array::from_fn(|i| a[i] + b[i])
     }
