@@ -44,6 +44,35 @@ pub trait Quantizer: Send + Sync {
     /// # Errors
     /// Those of an impossible scheme; [`Error::TooLarge`](lowbit_core::Error::TooLarge).
     fn plan(&self, out_features: usize, in_features: usize) -> Result<Plan>;
+
+    /// Which part, 0 to 1, of what the inputs have lost in the layers before this one the layer is
+    /// meant to make up for: whoever has its [`Drift`](crate::Drift) hands over the weight of
+    /// [`Drift::shift`](crate::Drift::shift) instead of its own.
+    fn target_share(&self) -> f64 {
+        0.0
+    }
+}
+
+/// What a method that needs statistics does with a layer whose calibration has seen no tokens.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub enum Uncalibrated {
+    /// [`Error::Empty`](lowbit_core::Error::Empty).
+    #[default]
+    Error,
+    /// Rounds it to nearest, and says so in [`Report::fallback`].
+    Nearest,
+}
+
+impl Uncalibrated {
+    /// Whether to round to nearest; also where there are no weights.
+    pub(crate) fn is_nearest(self, w: MatRef<'_, f32>, calibration: &Calibration) -> Result<bool> {
+        calibration.check(w.cols())?;
+        if w.rows() == 0 || w.cols() == 0 || self == Self::Nearest && calibration.tokens() == 0 {
+            return Ok(true);
+        }
+        calibration.check_seen(w.cols())?;
+        Ok(false)
+    }
 }
 
 /// The statistics of a [`Calibration`] that a method looks at; each includes those before it.
@@ -85,7 +114,7 @@ pub struct Report {
     pub dead_columns: usize,
     /// Weights that are kept beside the quantized ones.
     pub outliers: usize,
-    /// Whether the layer was rounded to nearest for want of a calibration.
+    /// Whether the layer was rounded to nearest because nothing is known of its inputs.
     pub fallback: bool,
 }
 

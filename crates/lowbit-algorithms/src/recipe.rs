@@ -227,6 +227,10 @@ impl Quantizer for Recipe<'_> {
             ..plan
         })
     }
+
+    fn target_share(&self) -> f64 {
+        self.rounding.target_share()
+    }
 }
 
 /// Do all weights have `k` columns?

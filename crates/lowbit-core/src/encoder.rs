@@ -225,6 +225,22 @@ impl BlockParams {
     }
 }
 
+impl<S: AsRef<[u8]>> From<&QMatrix<S>> for BlockParams {
+    /// Those of a matrix, for other codes.
+    fn from(q: &QMatrix<S>) -> Self {
+        let (grid_rows, grid_cols) = q.grid();
+        let blocks = (0..grid_rows * grid_cols).map(|at| (at / grid_cols, at % grid_cols));
+        Self {
+            rows: q.rows(),
+            cols: q.cols(),
+            scheme: q.scheme(),
+            params: blocks.map(|(row, col)| q.params(row, col)).collect(),
+            scales: q.scales().to_vec(),
+            zeros: q.zeros().map(<[u8]>::to_vec),
+        }
+    }
+}
+
 impl QMatrix {
     /// A matrix of codes that were chosen elsewhere, `codes` one a byte and row-major.
     ///

@@ -37,8 +37,9 @@
 #![forbid(unsafe_code)]
 
 pub use lowbit_algorithms::{
-    Alpha, Awq, Calibration, Calibrations, ChannelScale, LlmInt8, METHODS, Method, Needs,
-    OutlierWeights, Plan, Quantized, Quantizer, Recipe, Report, Rtn, SmoothQuant, calibrations,
+    Alpha, Awq, Calibration, Calibrations, ChannelScale, Drift, Gptq, LlmInt8, METHODS, Method,
+    Needs, Order, OutlierWeights, Plan, Quantized, Quantizer, Recipe, Report, Rtn, SmoothQuant,
+    Uncalibrated, calibrations, layer_loss,
 };
 #[cfg(feature = "testing")]
 pub use lowbit_core::testing;
