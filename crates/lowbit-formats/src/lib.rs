@@ -30,7 +30,7 @@ mod source;
 mod tensor;
 
 pub use error::Error;
-pub use safetensors::Safetensors;
+pub use safetensors::{Safetensors, write_safetensors};
 pub use sharded::Sharded;
 pub use source::{Dtype, TensorSource, TensorView};
 pub use tensor::Tensor;

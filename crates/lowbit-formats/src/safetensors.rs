@@ -1,5 +1,7 @@
 //! The safetensors container: an 8-byte header length, a JSON header, the tensors back to back.
 
+use std::io::{self, Write};
+
 use safetensors::{SafeTensorError, tensor};
 
 use crate::{Dtype, Error, Result, TensorSource, TensorView};
@@ -62,6 +64,61 @@ impl<S: AsRef<[u8]>> TensorSource for Safetensors<S> {
             bytes: data.ok_or_else(missing)?,
         })
     }
+}
+
+/// Writes a safetensors file; tensors keep their order.
+///
+/// # Errors
+/// An [`io::Error`] of `to`; one of kind [`InvalidInput`](io::ErrorKind::InvalidInput) around an
+/// [`Error::Tensor`], before anything is written, if a tensor is of a type that safetensors does not
+/// have, if its bytes are not as many as its shape says, or if its name occurs twice.
+///
+/// # Example
+/// ```
+/// use lowbit_formats::{Safetensors, Tensor, TensorSource, write_safetensors};
+///
+/// let bias = Tensor::f32("bias", vec![2], &[0.5, -1.0]);
+/// let mut bytes = Vec::new();
+/// write_safetensors(&mut bytes, &[("format", "pt")], &[bias.view()])?;
+/// assert_eq!(Safetensors::new("f", bytes)?.tensor("bias")?.to_f32()?, [0.5, -1.0]);
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
+pub fn write_safetensors(
+    mut to: impl Write,
+    metadata: &[(&str, &str)],
+    tensors: &[TensorView<'_>],
+) -> io::Result<()> {
+    let mut header = serde_json::Map::new();
+    if !metadata.is_empty() {
+        let metadata = metadata.iter().map(|(key, value)| (key.to_string(), (*value).into()));
+        header.insert("__metadata__".into(), serde_json::Value::Object(metadata.collect()));
+    }
+    let mut end = 0;
+    for tensor in tensors {
+        let invalid = |error: Error| io::Error::new(io::ErrorKind::InvalidInput, error);
+        let wrong = |reason: &str| invalid(tensor.error(reason.into()));
+        if matches!(tensor.dtype, Dtype::Ggml(_)) || tensor.dtype.block().is_none() {
+            return Err(wrong(&format!("it is {}, which safetensors does not have", tensor.dtype)));
+        }
+        tensor.check_len().map_err(invalid)?;
+        let start = end;
+        end += tensor.bytes.len();
+        let entry = serde_json::json!({
+            "dtype": tensor.dtype.to_string(), "shape": tensor.shape, "data_offsets": [start, end]
+        });
+        if header.insert(tensor.name.into(), entry).is_some() {
+            return Err(wrong("its name occurs twice"));
+        }
+    }
+    let mut header = serde_json::Value::Object(header).to_string().into_bytes();
+    // The data then begin at a multiple of 8.
+    header.resize(header.len().next_multiple_of(8), b' ');
+    to.write_all(&(header.len() as u64).to_le_bytes())?;
+    to.write_all(&header)?;
+    for tensor in tensors {
+        to.write_all(tensor.bytes)?;
+    }
+    to.flush()
 }
 
 /// Length and content of the header. (`SafeTensors::read_metadata` adds up lengths that the file

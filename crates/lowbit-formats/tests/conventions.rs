@@ -1,15 +1,16 @@
 //! Conventions against packed tensors of other programs, against their definitions, and back.
 
 use lowbit_core::{
-    ActivationScales, ActivationScheme, ActivationType, Granularity, Mat, Outliers, QLinear,
-    QMatrix, QuantScheme, ScaleFormat, Transform, ZeroFormat,
+    ActivationScales, ActivationScheme, ActivationType, Adapter, Base, Granularity, Levels, Mat,
+    OutlierColumns, Outliers, QLinear, QMatrix, QuantScheme, QuantType, ScaleFormat, SparseRows,
+    StepFormat, Transform, TwoLevel, ZeroFormat, f16,
 };
-use lowbit_dtypes::{packed_len, unpack};
+use lowbit_dtypes::{Format, packed_len, unpack};
 use lowbit_formats::{
-    Dtype, Tensor, TensorSource, TensorView,
+    Dtype, Tensor, TensorSource,
     conventions::{
-        Awq, AwqVersion, BnbInt8, CompressedInt, CompressedPacked, Convention, Ggml, Gptq,
-        from_config,
+        Awq, AwqVersion, Bnb4, BnbInt8, CompressedInt, CompressedPacked, Convention, Fp8, Ggml,
+        GptOss, Gptq, Lowbit, Mxfp4, Nvfp4, from_config,
     },
     gguf::GgmlType,
 };
@@ -69,6 +70,10 @@ fn gptq_words_of_every_width_and_version_are_read_and_written_bit_for_bit() {
             assert_eq!(gptq.write(&layer, "l").unwrap(), tensors);
         }
     }
+}
+
+fn levels(dtype: QuantType, granularity: Granularity, scale_format: ScaleFormat) -> QLinear {
+    layer(64, 64, QuantScheme { scale_format, ..QuantScheme::levels(dtype, granularity) })
 }
 
 fn layer(n: usize, k: usize, scheme: QuantScheme) -> QLinear {
@@ -217,14 +222,175 @@ fn ggml_blocks_become_layers_of_the_same_weights() {
             [$((GgmlType::$name, &include_bytes!(concat!("golden/", stringify!($name), ".blocks"))[..])),+]
         };
     }
-    for (dtype, bytes) in golden!(Q4_0 Q4_1 Q5_0 Q5_1 Q8_0) {
-        // Six blocks: 2 rows of 3.
-        let weight = tensor("weight", Dtype::Ggml(dtype), &[2, 96], bytes);
+    let golden = golden! {
+        Q4_0 Q4_1 Q5_0 Q5_1 Q8_0 Q2_K Q3_K Q4_K Q5_K Q6_K IQ4_NL IQ4_XS TQ1_0 TQ2_0 MXFP4 NVFP4
+    };
+    let signs: Vec<u8> = (0..36).map(|i| (i * 91 + 7) as u8 & 0x3f).collect();
+    let two = [(GgmlType::Q1_0, &signs[..]), (GgmlType::Q2_0, &signs[..])];
+    for (dtype, bytes) in golden.into_iter().chain(two) {
+        let (weights, size) = dtype.block().unwrap();
+        let blocks = bytes.len() / size;
+        // Two rows, or three for three super-blocks.
+        let rows = if blocks.is_multiple_of(2) { 2 } else { 3 };
+        let shape = [rows, blocks / rows * weights];
+        let weight = tensor("weight", Dtype::Ggml(dtype), &shape, bytes);
         let layer = Ggml.read(&vec![weight.clone()], "l").unwrap();
-        let view = TensorView { shape: &[2, 96], ..weight.view() };
-        assert_eq!(layer.weight().dequantize().data(), view.to_f32().unwrap(), "{dtype}");
-        assert_eq!(Ggml.write(&layer, "l").unwrap(), [weight]);
+        let expected = weight.view().to_f32().unwrap();
+        assert_eq!(layer.weight().dequantize().data(), expected, "{dtype}");
+        let scheme = layer.weight().scheme();
+        if dtype == GgmlType::TQ1_0 {
+            let written = Ggml.write(&layer, "l").unwrap();
+            assert_eq!(written[0].dtype, Dtype::Ggml(GgmlType::TQ2_0));
+            assert_eq!(Ggml.read(&written, "l").unwrap(), layer);
+        } else {
+            assert_eq!(Ggml::scheme(dtype), Some(scheme));
+            assert_eq!(Ggml.write(&layer, "l").unwrap(), [weight], "{dtype}");
+        }
+        // All that ggml stores and nothing else, but for the tensor's scale of NVFP4.
+        if !matches!(dtype, GgmlType::TQ1_0 | GgmlType::NVFP4) {
+            assert_eq!(layer.weight().bytes(), bytes.len(), "{dtype}");
+        }
     }
+}
+
+fn f32s(bytes: &[u8]) -> Vec<f32> {
+    bytes.as_chunks().0.iter().map(|&b| f32::from_le_bytes(b)).collect()
+}
+
+fn packed(codes: &[u8]) -> Vec<u8> {
+    codes.chunks(2).map(|pair| pair[0] | pair[1] << 4).collect()
+}
+
+/// Four rows of 1024 weights in blocks of 64, quantized by numpy after the published constants of
+/// bitsandbytes (the project's oracle `o05_nf4.py`).
+#[test]
+fn nf4_and_fp4_of_bitsandbytes_have_the_bits_of_the_oracle() {
+    let map = |dtype: QuantType| -> Vec<f32> { (0..16).map(|i| dtype.level(i)).collect() };
+    let state = |kind: &str, extra: &str| {
+        let json = format!(
+            r#"{{"quant_type": "{kind}", "blocksize": 64, "dtype": "float16", "shape": [4, 1024]{extra}}}"#
+        );
+        let name = format!("weight.quant_state.bitsandbytes__{kind}");
+        tensor(&name, Dtype::U8, &[json.len()], json.as_bytes())
+    };
+    let absmax = include_bytes!("golden/nf4_absmax.f32");
+    let nf4 = vec![
+        tensor("weight", Dtype::U8, &[2048, 1], include_bytes!("golden/nf4_packed.bin")),
+        Tensor::f32("l.weight.quant_map", vec![16], &map(QuantType::NF4)),
+        tensor("weight.absmax", Dtype::F32, &[64], absmax),
+        state("nf4", ""),
+    ];
+    let layer = Bnb4.read(&nf4, "l").unwrap();
+    assert_eq!(layer.weight().dequantize().data(), f32s(include_bytes!("golden/nf4_deq.f32")));
+    assert_eq!(Bnb4.write(&layer, "l").unwrap()[0], nf4[0]);
+
+    let mut nested = nf4;
+    nested[2] = tensor("weight.absmax", Dtype::U8, &[64], include_bytes!("golden/dq_codes.bin"));
+    let offset = f32s(include_bytes!("golden/dq_offset.f32"))[0];
+    let extra = format!(r#", "nested_blocksize": 256, "nested_offset": {}"#, f64::from(offset));
+    nested[3] = state("nf4", &extra);
+    for (name, bytes) in [
+        ("weight.nested_quant_map", &include_bytes!("golden/dynamic8.f32")[..]),
+        ("weight.nested_absmax", include_bytes!("golden/dq_absmax2.f32")),
+    ] {
+        nested.push(tensor(name, Dtype::F32, &[bytes.len() / 4], bytes));
+    }
+    let layer = Bnb4.read(&nested, "l").unwrap();
+    assert_eq!(layer.weight().dequantize().data(), f32s(include_bytes!("golden/dq_deq.f32")));
+    nested.pop();
+    assert!(Bnb4.read(&nested, "l").is_err());
+
+    let codes = include_bytes!("golden/fp4_codes.bin");
+    let high_first: Vec<u8> = packed(codes).iter().map(|byte| byte.rotate_left(4)).collect();
+    let fp4 = vec![
+        tensor("weight", Dtype::U8, &[2048, 1], &high_first),
+        Tensor::f32("l.weight.quant_map", vec![16], &map(QuantType::FP4_BNB)),
+        tensor("weight.absmax", Dtype::F32, &[64], absmax),
+        state("fp4", ""),
+    ];
+    let layer = Bnb4.read(&fp4, "l").unwrap();
+    assert_eq!(layer.weight().dequantize().data(), f32s(include_bytes!("golden/fp4_deq.f32")));
+}
+
+/// Quantized by numpy and ml_dtypes (the project's oracle `o16_mx.py`).
+#[test]
+fn microscaling_formats_have_the_bits_of_the_oracle() {
+    let scales = include_bytes!("golden/mxfp4_scales.bin");
+    let codes = packed(include_bytes!("golden/mxfp4_codes.bin"));
+    let expected = f32s(include_bytes!("golden/mxfp4_deq.f32"));
+    let tensors = vec![
+        tensor("weight_packed", Dtype::U8, &[16, 16], &codes),
+        tensor("weight_scale", Dtype::U8, &[16, 1], scales),
+    ];
+    let layer = Mxfp4.read(&tensors, "l").unwrap();
+    assert_eq!(layer.weight().dequantize().data(), expected);
+    assert_eq!(Mxfp4.write(&layer, "l").unwrap(), tensors);
+    let experts = vec![
+        Tensor::new("l_blocks", Dtype::U8, vec![4, 4, 1, 16], codes),
+        Tensor::new("l_scales", Dtype::U8, vec![4, 4, 1], scales.to_vec()),
+    ];
+    let gpt_oss = GptOss { experts: 4 };
+    assert_eq!(gpt_oss.read(&experts, "l").unwrap(), layer);
+    assert_eq!(gpt_oss.write(&layer, "l").unwrap(), experts);
+
+    let mxfp8 = vec![
+        tensor("weight", Dtype::F8E4M3, &[16, 32], include_bytes!("golden/mxfp8_codes.bin")),
+        tensor("weight_scale", Dtype::U8, &[16, 1], include_bytes!("golden/mxfp8_scales.bin")),
+    ];
+    let layer = Fp8::default().read(&mxfp8, "l").unwrap();
+    assert_eq!(layer.weight().dequantize().data(), f32s(include_bytes!("golden/mxfp8_deq.f32")));
+    assert_eq!(Fp8::default().write(&layer, "l").unwrap(), mxfp8);
+
+    let global = f32s(include_bytes!("golden/nvfp4_global.f32"))[0];
+    let nvfp4 = vec![
+        tensor("weight", Dtype::U8, &[8, 32], include_bytes!("golden/nvfp4_packed.bin")),
+        tensor("weight_scale", Dtype::F8E4M3, &[8, 4], include_bytes!("golden/nvfp4_scales.bin")),
+        Tensor::f32("l.weight_scale_2", vec![], &[global]),
+    ];
+    let modelopt = Nvfp4 { reciprocal: false };
+    let layer = modelopt.read(&nvfp4, "l").unwrap();
+    assert_eq!(layer.weight().dequantize().data(), f32s(include_bytes!("golden/nvfp4_deq.f32")));
+    assert_eq!(modelopt.write(&layer, "l").unwrap(), nvfp4);
+    let compressed = Nvfp4 { reciprocal: true };
+    let tensors = compressed.write(&layer, "l").unwrap();
+    let back = compressed.read(&tensors, "l").unwrap();
+    assert_eq!(back.weight().codes(), layer.weight().codes());
+    let scale = |layer: &QLinear| layer.weight().params(0, 0).scale.to_bits();
+    assert!(scale(&back).abs_diff(scale(&layer)) <= 1);
+}
+
+#[test]
+fn scales_of_fp8_have_many_shapes_and_two_senses() {
+    let weight = tensor("weight", Dtype::F8E4M3, &[3, 4], &[0x38; 12]); // 1.0
+    let read = |name: &str, shape: &[usize], scales: &[f32], fp8: Fp8| {
+        let scales = Tensor::f32(format!("l.{name}"), shape.to_vec(), scales);
+        Ok::<_, lowbit_formats::Error>(
+            fp8.read(&vec![weight.clone(), scales], "l")?.weight().dequantize().data().to_vec(),
+        )
+    };
+    let fp8 = Fp8 { block: (2, 3), divides: false };
+    for shape in [vec![], vec![1], vec![1, 1]] {
+        assert_eq!(read("weight_scale", &shape, &[2.0], fp8).unwrap(), [2.0; 12]);
+    }
+    for shape in [vec![3], vec![3, 1]] {
+        let w = read("weight_scale", &shape, &[1.0, 2.0, 4.0], fp8).unwrap();
+        assert_eq!(w, [1., 1., 1., 1., 2., 2., 2., 2., 4., 4., 4., 4.]);
+    }
+    let blocks = [1.0, 2.0, 4.0, 8.0];
+    let w = read("weight_scale_inv", &[2, 2], &blocks, fp8).unwrap();
+    assert_eq!(w, [1., 1., 1., 2., 1., 1., 1., 2., 4., 4., 4., 8.]);
+    let config = json!({
+        "quant_method": "fp8", "weight_block_size": [2, 3], "weight_scale_semantics": "inverse"
+    });
+    let inverse = from_config(&config).unwrap();
+    let scales = Tensor::f32("l.weight_scale_inv", vec![2, 2], &blocks);
+    let layer = inverse.read(&vec![weight.clone(), scales], "l").unwrap();
+    assert_eq!(layer.weight().dequantize().data()[11], 0.125);
+    let error = read("weight_scale_inv", &[2, 3], &[1.0; 6], fp8).unwrap_err().to_string();
+    assert_eq!(
+        error,
+        "memory: tensor l.weight_scale_inv: its shape [2, 3] is no tensor, channels or blocks of 2 x 3 of 3 x 4 weights"
+    );
 }
 
 #[test]
@@ -251,7 +417,7 @@ fn what_a_convention_cannot_hold_is_refused_by_name() {
         (&int8, &int4, "anything but 8 bits, symmetric, a scale per channel"),
         (&CompressedInt::default(), &int4, "anything but codes of 8 bits"),
         (&CompressedPacked::default(), &hadamard, "a transform of the input"),
-        (&Ggml, &odd, "rows of 63, only multiples of 32"),
+        (&Ggml, &odd, "rows of 63 in Q4_0, only multiples of 32"),
     ];
     for (convention, layer, expected) in all {
         let error = convention.write(layer, "l").unwrap_err().to_string();
@@ -264,7 +430,20 @@ fn the_convention_is_found_in_the_configuration_that_it_writes() {
     let int4 = layer(64, 64, QuantScheme::affine(4, Granularity::PerGroup(32)));
     let int8 = layer(64, 64, QuantScheme::symmetric(8, Granularity::PerChannel));
     let w8a8 = int8.clone().with_activation(Some(ActivationScheme::INT8_PER_TOKEN));
-    let all: [(&dyn Convention, &QLinear); 7] = [
+    let nf4 = levels(QuantType::NF4, Granularity::PerGroup(32), ScaleFormat::F32);
+    let e4m3 = QuantType::Float(Format::F8E4M3);
+    let fp8 = levels(e4m3, Granularity::PerBlock(32, 32), ScaleFormat::Bf16);
+    let e2m1 = QuantType::Float(Format::F4E2M1);
+    let mxfp4 = levels(e2m1, Granularity::PerGroup(32), ScaleFormat::E8m0);
+    let two = ScaleFormat::TwoLevel(TwoLevel::NVFP4);
+    let nvfp4 = levels(e2m1, Granularity::PerGroup(16), two);
+    let all: [(&dyn Convention, &QLinear); 13] = [
+        (&Lowbit, &w8a8),
+        (&Bnb4, &nf4),
+        (&Fp8 { block: (32, 32), divides: false }, &fp8),
+        (&Mxfp4, &mxfp4),
+        (&GptOss { experts: 2 }, &mxfp4),
+        (&Nvfp4 { reciprocal: false }, &nvfp4),
         (&Gptq::default(), &int4),
         (&Gptq { v2: true, ..Gptq::default() }, &int4),
         (&Awq::default(), &int4),
@@ -318,7 +497,42 @@ fn conventions() -> Vec<(Box<dyn Convention>, Vec<QuantScheme>)> {
         ..QuantScheme::symmetric(bits, Granularity::PerGroup(32))
     };
     let offset = ZeroFormat::Offset(ScaleFormat::F16);
+    let levels = |dtype, granularity, scale_format| QuantScheme {
+        scale_format,
+        ..QuantScheme::levels(dtype, granularity)
+    };
+    let e2m1 = QuantType::Float(Format::F4E2M1);
+    let e4m3 = QuantType::Float(Format::F8E4M3);
+    let nvfp4 = ScaleFormat::TwoLevel(TwoLevel::NVFP4);
+    let group = Granularity::PerGroup;
     vec![
+        (
+            Box::new(Bnb4),
+            vec![
+                levels(QuantType::NF4, group(64), ScaleFormat::F32),
+                levels(QuantType::FP4_BNB, group(32), ScaleFormat::F32),
+            ],
+        ),
+        (Box::new(Mxfp4), vec![levels(e2m1, group(32), ScaleFormat::E8m0)]),
+        (Box::new(GptOss { experts: 4 }), vec![levels(e2m1, group(32), ScaleFormat::E8m0)]),
+        (Box::new(Nvfp4 { reciprocal: false }), vec![levels(e2m1, group(16), nvfp4)]),
+        (
+            Box::new(Fp8::default()),
+            vec![
+                levels(e4m3, Granularity::PerTensor, ScaleFormat::F32),
+                levels(e4m3, Granularity::PerChannel, ScaleFormat::Bf16),
+                levels(e4m3, Granularity::PerBlock(128, 128), ScaleFormat::F32),
+                levels(QuantType::Float(Format::F8E5M2), group(32), ScaleFormat::E8m0),
+            ],
+        ),
+        (
+            Box::new(Lowbit),
+            vec![
+                levels(QuantType::AF4, group(32), ScaleFormat::TwoLevel(TwoLevel::BILEVEL4)),
+                levels(e2m1, group(16), nvfp4),
+                gguf(6, ZeroFormat::Real(ScaleFormat::Bf16)),
+            ],
+        ),
         (Box::new(Gptq { v2: true, ..Gptq::default() }), schemes(&[2, 3, 4, 8], &both)),
         (Box::new(Gptq::default()), schemes(&[2, 3, 4, 8], &symmetric)),
         (Box::new(Awq::default()), schemes(&[4], &both)),
@@ -332,6 +546,8 @@ fn conventions() -> Vec<(Box<dyn Convention>, Vec<QuantScheme>)> {
                 gguf(8, ZeroFormat::Midpoint),
                 gguf(4, offset),
                 gguf(5, offset),
+                levels(QuantType::IQ4_NL, group(32), ScaleFormat::F16),
+                levels(e2m1, group(32), ScaleFormat::E8m0),
             ],
         ),
     ]
@@ -340,7 +556,7 @@ fn conventions() -> Vec<(Box<dyn Convention>, Vec<QuantScheme>)> {
 proptest! {
     #[test]
     fn what_is_written_is_read(
-        convention in 0..6_usize,
+        convention in 0..12_usize,
         scheme in any::<prop::sample::Index>(),
         rows in 1..5_usize,
         cols in 1..5_usize,
@@ -389,7 +605,7 @@ proptest! {
 
     #[test]
     fn wrong_tensors_are_errors(
-        convention in 0..6_usize,
+        convention in 0..12_usize,
         scheme in any::<prop::sample::Index>(),
         tensor in any::<prop::sample::Index>(),
         shape in prop::collection::vec(prop_oneof![0..70_usize, Just(usize::MAX)], 0..4),
@@ -432,4 +648,122 @@ fn static_activations_keep_their_scale() {
     let layer = int8.with_activation(activation);
     let convention = CompressedInt::default();
     assert_eq!(convention.read(&convention.write(&layer, "l").unwrap(), "l").unwrap(), layer);
+}
+
+#[test]
+fn our_own_layout_loses_nothing() {
+    let (n, k) = (20, 50);
+    let two = |dtype, base, format| {
+        ScaleFormat::TwoLevel(TwoLevel {
+            dtype,
+            granularity: Granularity::PerGroup(3),
+            base,
+            format,
+        })
+    };
+    let int = |bits| QuantType::Int { bits };
+    let odd = Format::new(3, 2, 4, lowbit_dtypes::Specials::None).unwrap();
+    let table = QuantType::Table(Levels::new(&[-1.0, -0.1, 0.3, 1.0]).unwrap());
+    let with = |zero, scheme| QuantScheme { zero, ..scheme };
+    let group = |dtype, scale_format| QuantScheme {
+        scale_format,
+        ..QuantScheme::levels(dtype, Granularity::PerGroup(16))
+    };
+    let schemes = [
+        QuantScheme::symmetric(3, Granularity::PerTensor),
+        QuantScheme::affine(5, Granularity::PerBlock(3, 7)),
+        with(ZeroFormat::Real(ScaleFormat::F32), QuantScheme::affine(2, Granularity::PerColumn)),
+        with(
+            ZeroFormat::Offset(ScaleFormat::Bf16),
+            QuantScheme::affine(4, Granularity::PerChannel),
+        ),
+        with(
+            ZeroFormat::Offset(two(int(6), Base::Minimum, StepFormat::F32)),
+            group(int(4), two(int(6), Base::Zero, StepFormat::F16)),
+        ),
+        group(QuantType::Float(odd), ScaleFormat::E8m0),
+        group(table, two(QuantType::Float(Format::F8E4M3), Base::Zero, StepFormat::Bf16)),
+    ];
+    let half = |x: f32| f16::from_f32(x);
+    let known = Mat::from_fn(2, n, |r, c| half((r * n + c) as f32));
+    let starts = (0..=n as u32).map(|r| r.min(3)).collect();
+    let outliers = [
+        None,
+        Some(Outliers::Threshold(6.1)),
+        Some(Outliers::Columns(OutlierColumns::new(vec![3, 49], known).unwrap())),
+        Some(Outliers::Sparse(
+            SparseRows::new(n, k, starts, vec![1, 7, 49], vec![half(0.5); 3]).unwrap(),
+        )),
+    ];
+    let transforms = [
+        vec![],
+        vec![Transform::Scale((0..k).map(|j| 0.1 + j as f32).collect()), Transform::hadamard(k, 3)],
+        vec![Transform::Permute((0..k as u32).rev().collect())],
+    ];
+    let activations = [
+        None,
+        Some(ActivationScheme::INT8_PER_TOKEN),
+        Some(ActivationScheme {
+            dtype: ActivationType::UInt8,
+            scales: ActivationScales::Static { scale: 0.1, zero_point: 7 },
+        }),
+        Some(ActivationScheme {
+            dtype: ActivationType::Float(Format::F8E4M3),
+            scales: ActivationScales::PerTokenGroup(16),
+        }),
+        Some(ActivationScheme {
+            dtype: ActivationType::Int16,
+            scales: ActivationScales::PerTensor,
+        }),
+    ];
+    let adapter =
+        Adapter::new(Mat::from_fn(2, k, |_, c| c as f32), Mat::from_fn(n, 2, |r, _| r as f32));
+    for i in 0..4 * 3 * 5 * 7 {
+        let adapter = (i % 2 == 0).then(|| adapter.clone().unwrap());
+        let layer = layer(n, k, schemes[i % 7])
+            .with_transforms(transforms[i % 3].clone())
+            .unwrap()
+            .with_activation(activations[i % 5])
+            .with_outliers(outliers[i % 4].clone())
+            .and_then(|layer| layer.with_adapter(adapter))
+            .and_then(|layer| layer.with_bias((i % 2 == 1).then(|| vec![0.3; n])))
+            .unwrap();
+        let tensors = Lowbit.write(&layer, "l").unwrap();
+        assert_eq!(Lowbit.read(&tensors, "l").unwrap(), layer, "{i}");
+
+        // Through a file, too.
+        let views: Vec<_> = tensors.iter().map(Tensor::view).collect();
+        let mut bytes = Vec::new();
+        lowbit_formats::write_safetensors(&mut bytes, &[], &views).unwrap();
+        let file = lowbit_formats::Safetensors::new("f", bytes).unwrap();
+        assert_eq!(Lowbit.read(&file, "l").unwrap(), layer, "{i}");
+    }
+}
+
+#[test]
+fn another_version_of_our_layout_is_refused() {
+    let mut tensors =
+        Lowbit.write(&layer(2, 2, QuantScheme::symmetric(8, Granularity::PerTensor)), "l").unwrap();
+    let text = String::from_utf8(tensors[0].bytes.clone()).unwrap();
+    tensors[0].bytes = text.replace(r#""version":1"#, r#""version":2"#).into_bytes();
+    tensors[0].shape = vec![tensors[0].bytes.len()];
+    let error = Lowbit.read(&tensors, "l").unwrap_err().to_string();
+    assert_eq!(error, "memory: tensor l.lowbit: version 2, expected 1");
+}
+
+proptest! {
+    #[test]
+    fn any_header_of_our_layout_gives_a_result(at in any::<prop::sample::Index>(), byte: u8) {
+        let layer = layer(4, 40, QuantScheme::affine(4, Granularity::PerGroup(16)))
+            .with_transforms(vec![Transform::hadamard(40, 3)])
+            .unwrap()
+            .with_activation(Some(ActivationScheme::INT8_PER_TOKEN));
+        let mut tensors = Lowbit.write(&layer, "l").unwrap();
+        let header = &mut tensors[0].bytes;
+        let at = at.index(header.len());
+        header[at] = byte;
+        if let Ok(layer) = Lowbit.read(&tensors, "l") {
+            let _ = layer.weight().dequantize();
+        }
+    }
 }

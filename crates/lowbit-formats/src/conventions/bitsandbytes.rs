@@ -1,13 +1,29 @@
-//! bitsandbytes' int8 layers (`bitsandbytes/nn/modules.py`, `Linear8bitLt`).
+//! bitsandbytes' layers (`bitsandbytes/nn/modules.py`, `Linear8bitLt` and `Linear4bit`).
+//!
+//! int8:
 //!
 //! | tensor | shape | |
 //! |---|---|---|
 //! | `weight` | I8 (n, k) | codes −127 … 127 |
 //! | `SCB` | F32 (n) | max\|w\| of each row: `w = code · SCB / 127` |
 //! | `weight_format` | U8 () | 0: rows as they are |
+//!
+//! NF4 and FP4, blocks of a row, the code of the even column in the high nibble:
+//!
+//! | tensor | shape | |
+//! |---|---|---|
+//! | `weight` | (n·k/2, 1) | codes, of any type of bytes |
+//! | `weight.quant_map` | F32 (16) | the levels |
+//! | `weight.absmax` | F32 (n·k/blocksize) | the scale of each block |
+//! | `weight.quant_state.bitsandbytes__nf4`, `…__fp4` | U8 | JSON: `blocksize`, `shape`, … |
+//!
+//! With double quantization `weight.absmax` is U8, and the scale of block i is
+//! `nested_quant_map[absmax[i]] · nested_absmax[i / nested_blocksize] + nested_offset`. It is read as
+//! an f32, so that the layer has the same numbers but takes 4.5 bits a weight, not 4.13.
 
 use lowbit_core::{
-    ActivationScheme, Granularity, Outliers, QLinear, QMatrix, QuantScheme, ScaleFormat, ZeroFormat,
+    ActivationScheme, Granularity, Levels, Outliers, QLinear, QMatrix, QuantScheme, QuantType,
+    ScaleFormat, ZeroFormat,
 };
 use serde_json::{Value, json};
 
@@ -45,8 +61,11 @@ pub struct BnbInt8 {
 
 pub(super) fn from_config(config: &Value) -> Result<Box<dyn Convention>> {
     let is = |key| config.get(key).and_then(Value::as_bool).unwrap_or(false);
+    if is("load_in_4bit") || is("_load_in_4bit") {
+        return Ok(Box::new(Bnb4));
+    }
     if !is("load_in_8bit") && !is("_load_in_8bit") {
-        let reason = "bitsandbytes without load_in_8bit is not supported".into();
+        let reason = "bitsandbytes without load_in_8bit or load_in_4bit".into();
         return Err(Error::Config { reason });
     }
     let threshold = config.get("llm_int8_threshold").and_then(Value::as_f64).unwrap_or(6.0);
@@ -131,6 +150,153 @@ impl Convention for BnbInt8 {
             "quant_method": "bitsandbytes",
             "load_in_8bit": true,
             "llm_int8_threshold": threshold,
+        }))
+    }
+}
+
+/// NF4 and FP4 of bitsandbytes (QLoRA), with or without double quantization.
+///
+/// # Example
+/// ```
+/// use lowbit_core::{Granularity, Mat, QLinear, QMatrix, QuantScheme, QuantType, ScaleFormat};
+/// use lowbit_formats::conventions::{Bnb4, Convention};
+///
+/// let w = Mat::from_fn(4, 128, |r, c| ((r * 128 + c) as f32).sin());
+/// let scheme = QuantScheme {
+///     scale_format: ScaleFormat::F32,
+///     ..QuantScheme::levels(QuantType::NF4, Granularity::PerGroup(64))
+/// };
+/// let layer = QLinear::new(QMatrix::quantize(w.as_ref(), scheme)?);
+/// let tensors = Bnb4.write(&layer, "q_proj")?;
+/// assert_eq!((tensors[0].name.as_str(), &tensors[0].shape[..]), ("q_proj.weight", &[256, 1][..]));
+/// assert_eq!(Bnb4.read(&tensors, "q_proj")?, layer);
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Bnb4;
+
+const NAME4: &str = "bitsandbytes 4-bit";
+const STATES: [(&str, QuantType); 2] = [("nf4", QuantType::NF4), ("fp4", QuantType::FP4_BNB)];
+
+fn state_part(kind: &str) -> String {
+    format!("weight.quant_state.bitsandbytes__{kind}")
+}
+
+impl Convention for Bnb4 {
+    fn name(&self) -> &'static str {
+        NAME4
+    }
+
+    fn holds(&self, source: &dyn TensorSource, layer: &str) -> bool {
+        let layer = Layer { source, name: layer };
+        STATES.iter().any(|(kind, _)| layer.has(&state_part(kind)))
+    }
+
+    fn read(&self, source: &dyn TensorSource, name: &str) -> Result<QLinear> {
+        let layer = Layer { source, name };
+        let [nf4, fp4] = STATES.map(|(kind, _)| state_part(kind));
+        let state = layer.get(&nf4).or_else(|_| layer.get(&fp4))?;
+        let json: Value =
+            serde_json::from_slice(state.bytes).map_err(|e| state.error(e.to_string()))?;
+        // Old files have 64.0 for 64.
+        let size = |value: &Value| {
+            let size = value.as_u64().or_else(|| value.as_f64().map(|size| size as u64))?;
+            usize::try_from(size).ok().filter(|&size| size > 0)
+        };
+        let number = |key: &str| {
+            let found = json.get(key).and_then(size);
+            found.ok_or_else(|| state.error(format!("expected a positive {key}")))
+        };
+        let shape = json.get("shape").and_then(Value::as_array);
+        let shape: Option<Vec<_>> = shape.and_then(|s| s.iter().map(size).collect());
+        let Some([n, k]) = shape.as_deref().and_then(|shape| <[usize; 2]>::try_from(shape).ok())
+        else {
+            return Err(state.error("expected a shape of two sizes".into()));
+        };
+        let group = number("blocksize")?;
+        if !k.is_multiple_of(group) {
+            return Err(state.error(format!("blocks of {group} run across rows of {k}")));
+        }
+        let weight = layer.get("weight")?;
+        // The bytes may be viewed as another type.
+        weight.check_len()?;
+        let map = layer.get("weight.quant_map")?;
+        let levels = Levels::new(&map.to_f32()?).map_err(|cause| layer.error(map.file, cause))?;
+        let absmax = layer.get("weight.absmax")?;
+        let scales = match absmax.dtype {
+            Dtype::U8 => {
+                let floats = |part: &str| layer.get(part)?.to_f32();
+                let map = floats("weight.nested_quant_map")?;
+                let maxima = floats("weight.nested_absmax")?;
+                let nested = number("nested_blocksize")?;
+                let offset = json.get("nested_offset").and_then(Value::as_f64);
+                let offset =
+                    offset.ok_or_else(|| state.error("expected a nested_offset".into()))?;
+                let scale = |(i, &code): (usize, &u8)| {
+                    let (level, max) = (map.get(usize::from(code))?, maxima.get(i / nested)?);
+                    Some(level * max + offset as f32)
+                };
+                let scales: Option<Vec<f32>> = absmax.bytes.iter().enumerate().map(scale).collect();
+                scales.ok_or_else(|| {
+                    absmax.error("nested_quant_map or nested_absmax is too short".into())
+                })?
+            }
+            _ => absmax.to_f32()?,
+        };
+        let codes = weight.bytes.iter().map(|byte| byte.rotate_left(4)).collect();
+        let scales = scales.into_iter().flat_map(f32::to_le_bytes).collect();
+        let scheme = QuantScheme {
+            scale_format: ScaleFormat::F32,
+            ..QuantScheme::levels(QuantType::Table(levels), Granularity::PerGroup(group))
+        };
+        // An odd row does not end with a byte here.
+        if !k.is_multiple_of(2) {
+            return Err(state.error(format!("rows of {k}, expected an even number")));
+        }
+        layer.finish(QMatrix::from_parts(n, k, scheme, codes, scales, None), weight.file)
+    }
+
+    fn write(&self, layer: &QLinear, name: &str) -> Result<Vec<Tensor>> {
+        let writer = Writer { convention: NAME4, layer, name };
+        writer.plain(false, false)?;
+        let weight = writer.weight();
+        let scheme = weight.scheme();
+        let state = STATES.iter().find(|(_, dtype)| *dtype == scheme.dtype);
+        let (Some((kind, _)), QuantType::Table(levels)) = (state, scheme.dtype) else {
+            return Err(writer.unsupported("anything but NF4 and its own FP4"));
+        };
+        let (n, k, group) = (weight.rows(), weight.cols(), writer.group_size()?);
+        if !k.is_multiple_of(group) || !k.is_multiple_of(2) {
+            return Err(writer.unsupported(format!("rows of {k} in groups of {group}")));
+        }
+        writer.scale_dtype()?;
+        let codes = weight.codes().iter().map(|byte| byte.rotate_left(4)).collect();
+        let (_, groups) = weight.grid();
+        let scales: Vec<f32> =
+            (0..n * groups).map(|i| weight.params(i / groups, i % groups).scale).collect();
+        let json = json!({
+            "quant_type": kind, "blocksize": group, "dtype": "float32", "shape": [n, k],
+        });
+        let json = json.to_string().into_bytes();
+        let map = levels.as_slice();
+        let mut tensors = vec![
+            writer.tensor("weight", Dtype::U8, &[n * k / 2, 1], codes),
+            Tensor::f32(format!("{name}.weight.absmax"), vec![scales.len()], &scales),
+            Tensor::f32(format!("{name}.weight.quant_map"), vec![map.len()], map),
+            writer.tensor(&state_part(kind), Dtype::U8, &[json.len()], json),
+        ];
+        tensors.extend(writer.bias());
+        Ok(tensors)
+    }
+
+    fn config(&self, layer: &QLinear) -> Option<Value> {
+        let kind = STATES.iter().find(|(_, dtype)| *dtype == layer.weight().scheme().dtype);
+        Some(json!({
+            "quant_method": "bitsandbytes",
+            "load_in_4bit": true,
+            "bnb_4bit_quant_type": kind.map(|(kind, _)| kind),
+            "bnb_4bit_use_double_quant": false,
+            "bnb_4bit_compute_dtype": "float32",
         }))
     }
 }

@@ -1,4 +1,4 @@
-//! compressed-tensors checkpoints of vLLM and llm-compressor: integers.
+//! compressed-tensors checkpoints of vLLM and llm-compressor: integers. (Floats: `fp8.rs`, `fp4.rs`.)
 //!
 //! | format | tensor | shape | |
 //! |---|---|---|---|
@@ -21,7 +21,7 @@ use lowbit_dtypes::packed_len;
 use serde_json::{Value, json};
 
 use super::{
-    Convention, number,
+    Convention, Fp8, Mxfp4, Nvfp4, number,
     parts::{self, Layer, Writer},
 };
 use crate::{Dtype, Error, Result, Tensor, TensorSource};
@@ -45,6 +45,12 @@ pub(super) fn from_config(config: &Value) -> Result<Box<dyn Convention>> {
                 .is_some_and(|input| input.get("dynamic").and_then(Value::as_bool) == Some(true));
             Ok(Box::new(CompressedInt { dynamic }))
         }
+        "float-quantized" | "mxfp8-quantized" => {
+            let block = weights.and_then(|weights| weights.get("block_structure"));
+            Ok(Box::new(Fp8::from_config(&json!({"weight_block_size": block}))))
+        }
+        "nvfp4-pack-quantized" => Ok(Box::new(Nvfp4 { reciprocal: true })),
+        "mxfp4-pack-quantized" => Ok(Box::new(Mxfp4)),
         _ => {
             let reason = format!("the format {format:?} of compressed-tensors is not supported");
             Err(Error::Config { reason })

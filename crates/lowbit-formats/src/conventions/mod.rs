@@ -6,8 +6,11 @@
 mod awq;
 mod bitsandbytes;
 mod compressed_tensors;
+mod fp4;
+mod fp8;
 mod ggml;
 mod gptq;
+mod lowbit;
 mod parts;
 
 use std::fmt;
@@ -16,10 +19,13 @@ use lowbit_core::QLinear;
 use serde_json::Value;
 
 pub use awq::{Awq, AwqVersion};
-pub use bitsandbytes::BnbInt8;
+pub use bitsandbytes::{Bnb4, BnbInt8};
 pub use compressed_tensors::{CompressedInt, CompressedPacked};
+pub use fp4::{GptOss, Mxfp4, Nvfp4};
+pub use fp8::Fp8;
 pub use ggml::Ggml;
 pub use gptq::Gptq;
+pub use lowbit::Lowbit;
 
 use crate::{Error, Result, Tensor, TensorSource};
 
@@ -85,8 +91,16 @@ pub fn from_config(config: &Value) -> Result<Box<dyn Convention>> {
         // Files of AutoGPTQ's own have no quant_method.
         Some("gptq") => Ok(Box::new(Gptq::from_config(config)?)),
         None if config.get("desc_act").is_some() => Ok(Box::new(Gptq::from_config(config)?)),
+        Some("lowbit") => Ok(Box::new(Lowbit)),
         Some("awq") => Ok(Box::new(Awq::from_config(config)?)),
         Some("bitsandbytes") => bitsandbytes::from_config(config),
+        Some("fp8" | "fbgemm_fp8") => Ok(Box::new(Fp8::from_config(config))),
+        Some("mxfp4") => Ok(Box::new(GptOss { experts: 1 })),
+        Some("modelopt") => match text("quant_algo") {
+            Some("NVFP4") => Ok(Box::new(Nvfp4 { reciprocal: false })),
+            Some("FP8") => Ok(Box::new(Fp8::from_config(config))),
+            other => Err(error(format!("the quant_algo {other:?} of modelopt is not supported"))),
+        },
         Some("compressed-tensors") => compressed_tensors::from_config(config),
         Some(method) => Err(error(format!("the quant_method {method:?} is not supported"))),
         None => Err(error("it has no quant_method".into())),

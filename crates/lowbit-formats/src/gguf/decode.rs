@@ -168,7 +168,7 @@ block!(Q3_K 110 256, |b, to| {
 /// bits of bytes j and j + 4; of the last four, the low bits in byte j + 4, the high ones above the
 /// former.
 #[inline(always)]
-pub(super) fn scale_and_min(packed: &[u8], j: usize) -> (u8, u8) {
+pub(crate) fn scale_and_min(packed: &[u8], j: usize) -> (u8, u8) {
     if j < 4 {
         (packed[j] & 63, packed[j + 4] & 63)
     } else {
@@ -260,7 +260,7 @@ block!(IQ4_XS 136 256, |b, to| {
 
 /// Digit `n`, from the most significant, of a byte of five base-3 digits, stored as a fraction of 256.
 #[inline(always)]
-pub(super) fn trit(byte: u8, n: usize) -> u8 {
+pub(crate) fn trit(byte: u8, n: usize) -> u8 {
     const POWERS: [u8; 5] = [1, 3, 9, 27, 81];
     ((u16::from(byte.wrapping_mul(POWERS[n])) * 3) >> 8) as u8
 }

@@ -16,7 +16,7 @@ mod write;
 
 use std::ops::Range;
 
-pub(crate) use decode::decode;
+pub(crate) use decode::{decode, scale_and_min, trit};
 pub use ggml_type::GgmlType;
 pub use value::{Array, Value};
 pub use write::{DEFAULT_ALIGNMENT, write};

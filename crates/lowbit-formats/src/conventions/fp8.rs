@@ -1,0 +1,192 @@
+//! Weights in FP8, one code a byte, with scales of several shapes.
+//!
+//! | tensor | shape | |
+//! |---|---|---|
+//! | `weight` | F8_E4M3 or F8_E5M2 (n, k) | |
+//! | `weight_scale` | (), (1), (n), (n, 1) or blocks | compressed-tensors, llm-compressor, ModelOpt: `w = code · scale` |
+//! | `weight_scale_inv` | (⌈n/128⌉, ⌈k/128⌉) | DeepSeek: also `code · scale`, whatever its name says |
+//! | `weight_scale_inv` | as above | GPTQModel with `weight_scale_semantics: inverse`: `code / scale` |
+//! | `weight_scale` | U8 (n, k/32) | MXFP8: powers of two, `2^(byte − 127)` |
+//!
+//! Inputs stay f32: that some of these systems round them to FP8 too is not imitated.
+
+use lowbit_core::{Granularity, QLinear, QMatrix, QuantScheme, QuantType, ScaleFormat};
+use lowbit_dtypes::Format;
+use serde_json::{Value, json};
+
+use super::{
+    Convention,
+    parts::{self, Layer, Writer},
+};
+use crate::{Dtype, Result, Tensor, TensorSource};
+
+const NAME: &str = "fp8";
+
+/// FP8 weights of DeepSeek, compressed-tensors, llm-compressor, ModelOpt and GPTQModel.
+///
+/// # Example
+/// ```
+/// use lowbit_core::{Granularity, Mat, QLinear, QMatrix, QuantScheme, QuantType, ScaleFormat};
+/// use lowbit_dtypes::Format;
+/// use lowbit_formats::conventions::{Convention, Fp8};
+///
+/// let w = Mat::from_fn(130, 200, |r, c| ((r * 200 + c) as f32).sin());
+/// let scheme = QuantScheme {
+///     scale_format: ScaleFormat::F32,
+///     ..QuantScheme::levels(QuantType::Float(Format::F8E4M3), Granularity::PerBlock(128, 128))
+/// };
+/// let layer = QLinear::new(QMatrix::quantize(w.as_ref(), scheme)?);
+/// let tensors = Fp8::default().write(&layer, "q_proj")?;
+/// assert_eq!((tensors[1].name.as_str(), &tensors[1].shape[..]), ("q_proj.weight_scale_inv", &[2, 2][..]));
+/// assert_eq!(Fp8::default().read(&tensors, "q_proj")?, layer);
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Fp8 {
+    /// Rows and columns of a block, for scales in two dimensions.
+    pub block: (usize, usize),
+    /// Does `weight_scale_inv` hold what codes are divided by?
+    pub divides: bool,
+}
+
+impl Default for Fp8 {
+    fn default() -> Self {
+        Self { block: (128, 128), divides: false }
+    }
+}
+
+impl Fp8 {
+    pub(super) fn from_config(config: &Value) -> Self {
+        let size = |i| {
+            let size = config.get("weight_block_size")?.get(i)?.as_u64()?;
+            usize::try_from(size).ok().filter(|&size| size > 0)
+        };
+        let semantics = config.get("weight_scale_semantics").and_then(Value::as_str);
+        Self {
+            block: (size(0).unwrap_or(128), size(1).unwrap_or(128)),
+            divides: semantics == Some("inverse"),
+        }
+    }
+}
+
+/// The types of weights.
+const TYPES: [(Dtype, Format); 2] =
+    [(Dtype::F8E4M3, Format::F8E4M3), (Dtype::F8E5M2, Format::F8E5M2)];
+
+impl Convention for Fp8 {
+    fn name(&self) -> &'static str {
+        NAME
+    }
+
+    fn holds(&self, source: &dyn TensorSource, layer: &str) -> bool {
+        let layer = Layer { source, name: layer };
+        let weight = layer.find("weight");
+        weight.is_some_and(|weight| TYPES.iter().any(|(dtype, _)| *dtype == weight.dtype))
+            && (layer.has("weight_scale") || layer.has("weight_scale_inv"))
+    }
+
+    fn read(&self, source: &dyn TensorSource, name: &str) -> Result<QLinear> {
+        let layer = Layer { source, name };
+        let weight = layer.get("weight")?;
+        let [n, k] = weight.matrix_shape()?;
+        let format = TYPES.iter().find(|(dtype, _)| *dtype == weight.dtype);
+        let Some((_, format)) = format else {
+            let got = weight.dtype;
+            return Err(weight.error(format!("it is {got}, expected F8_E4M3 or F8_E5M2")));
+        };
+        let inverse = layer.has("weight_scale_inv");
+        let part = if inverse { "weight_scale_inv" } else { "weight_scale" };
+        let dtype = QuantType::Float(*format);
+        if let Some(scales) = layer.find(part)
+            && matches!(scales.dtype, Dtype::U8 | Dtype::F8E8M0)
+        {
+            parts::expect_shape(&scales, &[n, k.div_ceil(32)])?;
+            scales.check_len()?;
+            let scheme = QuantScheme {
+                scale_format: ScaleFormat::E8m0,
+                ..QuantScheme::levels(dtype, Granularity::PerGroup(32))
+            };
+            let (codes, scales) = (weight.bytes.to_vec(), scales.bytes.to_vec());
+            let matrix = QMatrix::from_parts(n, k, scheme, codes, scales, None);
+            return layer.finish(matrix, weight.file);
+        }
+        let (scales, scale_format, shape) = layer.scales(part)?;
+        let (block_rows, block_cols) = self.block;
+        let blocks = block_rows > 0
+            && block_cols > 0
+            && shape == [n.div_ceil(block_rows), k.div_ceil(block_cols)];
+        let granularity = match shape {
+            // One block or one tensor: what is called inverse comes in blocks.
+            _ if blocks && inverse => Granularity::PerBlock(block_rows, block_cols),
+            [1, 1] => Granularity::PerTensor,
+            [rows, 1] if rows == n => Granularity::PerChannel,
+            _ if blocks => Granularity::PerBlock(block_rows, block_cols),
+            shape => {
+                return Err(scales.error(format!(
+                    "its shape {shape:?} is no tensor, channels or blocks of {block_rows} x \
+                     {block_cols} of {n} x {k} weights"
+                )));
+            }
+        };
+        let (scale_format, bytes) = if inverse && self.divides {
+            let factors = scales.to_f32()?.into_iter().flat_map(|x| (1.0 / x).to_le_bytes());
+            (ScaleFormat::F32, factors.collect())
+        } else {
+            (scale_format, scales.bytes.to_vec())
+        };
+        let scheme = QuantScheme { scale_format, ..QuantScheme::levels(dtype, granularity) };
+        let matrix = QMatrix::from_parts(n, k, scheme, weight.bytes.to_vec(), bytes, None);
+        layer.finish(matrix, weight.file)
+    }
+
+    fn write(&self, layer: &QLinear, name: &str) -> Result<Vec<Tensor>> {
+        let writer = Writer { convention: NAME, layer, name };
+        writer.plain(false, false)?;
+        let weight = writer.weight();
+        let (n, k) = (weight.rows(), weight.cols());
+        let scheme = weight.scheme();
+        let dtype = TYPES.iter().find(|(_, format)| scheme.dtype == QuantType::Float(*format));
+        let Some((dtype, _)) = dtype else {
+            return Err(writer.unsupported(format!("{:?} codes", scheme.dtype)));
+        };
+        let (rows, cols) = weight.grid();
+        let (part, shape) = match scheme.granularity {
+            Granularity::PerTensor => ("weight_scale", vec![1]),
+            Granularity::PerChannel => ("weight_scale", vec![n, 1]),
+            Granularity::PerBlock(rows, cols) if (rows, cols) == self.block && !self.divides => {
+                ("weight_scale_inv", vec![weight.grid().0, weight.grid().1])
+            }
+            Granularity::PerGroup(32) if scheme.scale_format == ScaleFormat::E8m0 => {
+                ("weight_scale", vec![rows, cols])
+            }
+            other => return Err(writer.unsupported(format!("scales {other:?}"))),
+        };
+        let scale_dtype = match scheme.scale_format {
+            ScaleFormat::E8m0 if matches!(scheme.granularity, Granularity::PerGroup(_)) => {
+                Dtype::U8
+            }
+            _ => writer.scale_dtype()?,
+        };
+        let mut tensors = vec![
+            writer.tensor("weight", *dtype, &[n, k], weight.codes().to_vec()),
+            writer.tensor(part, scale_dtype, &shape, weight.scales().to_vec()),
+        ];
+        tensors.extend(writer.bias());
+        Ok(tensors)
+    }
+
+    fn config(&self, layer: &QLinear) -> Option<Value> {
+        let mut config = json!({
+            "quant_method": NAME,
+            "fmt": match layer.weight().scheme().dtype {
+                QuantType::Float(Format::F8E5M2) => "e5m2",
+                _ => "e4m3",
+            },
+            "activation_scheme": "dynamic",
+        });
+        if let Granularity::PerBlock(rows, cols) = layer.weight().scheme().granularity {
+            config["weight_block_size"] = json!([rows, cols]);
+        }
+        Some(config)
+    }
+}
