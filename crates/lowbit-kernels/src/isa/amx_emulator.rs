@@ -198,10 +198,8 @@ impl State {
                 }
                 let (a, b) = (*self.tile(a)?, *self.tile(b)?);
                 let c = self.tile(c)?;
-                let fits = c.rows == a.rows
-                    && c.row_bytes == b.row_bytes
-                    && a.row_bytes == 4 * b.rows
-                    && c.row_bytes % 4 == 0;
+                let fits =
+                    c.rows == a.rows && c.row_bytes == b.row_bytes && a.row_bytes == 4 * b.rows;
                 if !fits {
                     let shape = |tile: &Tile| format!("{} x {}", tile.rows, tile.row_bytes);
                     return Err(format!("{} += {} . {}", shape(c), shape(&a), shape(&b)));
@@ -252,8 +250,8 @@ impl State {
 
     fn tile(&mut self, t: usize) -> Result<&mut Tile, Fault> {
         match &mut self.tiles[t] {
-            tile if self.configured && tile.rows != 0 => Ok(tile),
-            _ => Err(format!("tmm{t} is not configured")),
+            tile if self.configured && tile.rows != 0 && tile.row_bytes % 4 == 0 => Ok(tile),
+            _ => Err(format!("tmm{t} is not configured, or not for i32")),
         }
     }
 }
