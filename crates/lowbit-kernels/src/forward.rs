@@ -687,7 +687,7 @@ impl Threads<'_> {
     }
 
     fn chunks<T: Send>(self, data: &mut [T], len: usize, f: impl Fn(usize, &mut [T]) + Sync) {
-        match self.0 {
+        match self.0.filter(|_| data.len() > len) {
             Some(pool) => pool.install(|| {
                 data.par_chunks_mut(len.max(1)).enumerate().for_each(|(i, chunk)| f(i, chunk));
             }),
