@@ -1,4 +1,4 @@
-//! Error feedback on rows of weights: the sums and loops that GPTQ, its sweeps and SpQR share.
+//! Error feedback on rows of weights: the sums and loops that GPTQ, SpQR and the sweeps share.
 //!
 //! ```text
 //! band    32 rows of weights, one in each lane: [k][32]
@@ -12,7 +12,11 @@
 
 use pulp::{Simd, WithSimd, bytemuck};
 
-use lowbit_core::{Division, Encoder, Fit, Params, QuantScheme, QuantType, Result, Rounding};
+use lowbit_core::{
+    Context, Division, Encoder, Fit, Params, QuantScheme, QuantType, Result, Rounding, ZeroFormat,
+    f16,
+};
+use rayon::prelude::*;
 
 /// Rows of a band.
 pub(crate) const LANES: usize = 32;
@@ -205,7 +209,7 @@ impl Levels {
             }
             _ => None,
         };
-        let real_zero = matches!(scheme.zero, lowbit_core::ZeroFormat::Real(_));
+        let real_zero = matches!(scheme.zero, ZeroFormat::Real(_));
         Ok(Self { encoder, dtype: scheme.dtype, integer, real_zero })
     }
 
@@ -236,6 +240,29 @@ impl Levels {
     }
 }
 
+impl Levels {
+    /// Keeps weight `w` of a lane beside the codes: in f16, less what its code stands for. Gives what
+    /// is kept and what both are together.
+    pub(crate) fn keep(&self, params: Params, code: u8, w: f32) -> (f32, f32) {
+        let dense = self.encoder.real(params, code);
+        let largest = f16::MAX.to_f32();
+        let extra = f16::from_f32((w - dense).clamp(-largest, largest)).to_f32();
+        (extra, dense + extra)
+    }
+}
+
+/// `f` of each task in order, on the threads of the context.
+pub(crate) fn map<T: Send, R: Send>(
+    tasks: Vec<T>,
+    ctx: &mut Context,
+    f: impl Fn(T) -> R + Sync,
+) -> Vec<R> {
+    match ctx.pool().filter(|pool| pool.current_num_threads() > 1) {
+        Some(pool) => pool.install(|| tasks.into_par_iter().with_max_len(1).map(&f).collect()),
+        None => tasks.into_iter().map(f).collect(),
+    }
+}
+
 /// 32 rows of weights on their way to codes; by position, which is the channel where nothing is
 /// said of an order.
 #[derive(Clone)]
@@ -248,6 +275,9 @@ pub(crate) struct Band {
     /// `target − level`.
     pub(crate) d: Vec<Lanes>,
     pub(crate) codes: Vec<[u8; LANES]>,
+    /// Weights kept beside the codes: which lanes, and what is added to the levels.
+    pub(crate) kept: Vec<u32>,
+    pub(crate) extra: Vec<Lanes>,
     /// Of each group of columns, as it will be stored.
     pub(crate) grids: Vec<Grids>,
     /// The same before the rounding of two-level scales.
@@ -268,6 +298,11 @@ pub(crate) struct Run<'a> {
     pub(crate) d: &'a mut [Lanes],
     pub(crate) codes: &'a mut [[u8; LANES]],
     pub(crate) y: &'a mut [Lanes],
+    pub(crate) kept: &'a mut [u32],
+    pub(crate) extra: &'a mut [Lanes],
+    /// Of the columns of the block: a weight is kept from an error of `threshold / importance` on.
+    pub(crate) importance: &'a [f32],
+    pub(crate) threshold: f32,
 }
 
 impl WithSimd for Run<'_> {
@@ -275,13 +310,25 @@ impl WithSimd for Run<'_> {
 
     #[inline(always)]
     fn with_simd<S: Simd>(self, _: S) {
-        let Self { levels, grids, block, from, to, target, d, codes, y } = self;
+        let Self { levels, grids, block, from, to, target, d, codes, y, .. } = self;
         for j in from..to {
             let mut w = [0.0; LANES];
             for l in 0..LANES {
                 w[l] = target[j][l] + y[j][l];
             }
-            let q = levels.nearest(grids, &w, &mut codes[j]);
+            let mut q = levels.nearest(grids, &w, &mut codes[j]);
+            let mut kept = 0;
+            for l in 0..LANES {
+                let cost = (w[l] - q[l]) * (w[l] - q[l]) * self.importance[j];
+                kept |= u32::from(cost > self.threshold) << l;
+            }
+            self.kept[j] = kept;
+            while kept != 0 {
+                let l = kept.trailing_zeros() as usize;
+                kept &= kept - 1;
+                codes[j][l] = levels.encoder.code(grids.get(l), 0.0);
+                (self.extra[j][l], q[l]) = levels.keep(grids.get(l), codes[j][l], w[l]);
+            }
             let mut error = [0.0; LANES];
             for l in 0..LANES {
                 error[l] = target[j][l] - q[l];
@@ -345,6 +392,8 @@ pub(crate) struct Descend<'a> {
     pub(crate) codes: &'a mut [[u8; LANES]],
     /// `d·H_c / H_cc` of each column of the block over all columns.
     pub(crate) y: &'a mut [Lanes],
+    pub(crate) kept: &'a [u32],
+    pub(crate) extra: &'a mut [Lanes],
 }
 
 impl WithSimd for Descend<'_> {
@@ -352,13 +401,21 @@ impl WithSimd for Descend<'_> {
 
     #[inline(always)]
     fn with_simd<S: Simd>(self, _: S) {
-        let Self { levels, grids, group, block, target, d, codes, y } = self;
+        let Self { levels, grids, group, block, target, d, codes, y, kept, extra } = self;
         for j in (0..block.width()).rev() {
             let mut w = [0.0; LANES];
             for l in 0..LANES {
                 w[l] = target[j][l] - d[j][l] + y[j][l];
             }
-            let q = levels.nearest(&grids[group[j]], &w, &mut codes[j]);
+            let (grids, before) = (&grids[group[j]], codes[j]);
+            let mut q = levels.nearest(grids, &w, &mut codes[j]);
+            let mut kept = kept[j];
+            while kept != 0 {
+                let l = kept.trailing_zeros() as usize;
+                kept &= kept - 1;
+                codes[j][l] = before[l];
+                (extra[j][l], q[l]) = levels.keep(grids.get(l), before[l], w[l]);
+            }
             let mut change = [0.0; LANES];
             for l in 0..LANES {
                 let error = target[j][l] - q[l];
@@ -368,4 +425,79 @@ impl WithSimd for Descend<'_> {
             add_to(&mut y[..j], 0, &change, block.inner(j));
         }
     }
+}
+
+/// Leaves weights that spoil the grid of their group out of its fit: SpQR's leave-one-out.
+///
+/// A weight is likely to be an outlier if without it the grid of the others, from their smallest to
+/// their largest, lowers the group's error by more than `threshold`. It is replaced by the mean of
+/// the weights that are no outliers.
+pub(crate) struct LeaveOut<'a> {
+    /// The weights of the group.
+    pub(crate) w: &'a mut [Lanes],
+    pub(crate) importance: &'a [f32],
+    pub(crate) threshold: f32,
+    /// The highest code.
+    pub(crate) steps: f32,
+}
+
+impl WithSimd for LeaveOut<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, _: S) {
+        let Self { w, importance, threshold, steps } = self;
+        let whole = error_without(w, importance, steps, usize::MAX);
+        let mut likely = vec![[false; LANES]; w.len()];
+        for (j, likely) in likely.iter_mut().enumerate() {
+            let rest = error_without(w, importance, steps, j);
+            for l in 0..LANES {
+                likely[l] = whole[l] - rest[l] > threshold;
+            }
+        }
+        let (mut sum, mut count) = ([0.0; LANES], [0.0_f32; LANES]);
+        for (w, likely) in w.iter().zip(&likely) {
+            for l in 0..LANES {
+                sum[l] += if likely[l] { 0.0 } else { w[l] };
+                count[l] += if likely[l] { 0.0 } else { 1.0 };
+            }
+        }
+        for (w, likely) in w.iter_mut().zip(&likely) {
+            for l in 0..LANES {
+                w[l] = if likely[l] { sum[l] / count[l].max(1.0) } else { w[l] };
+            }
+        }
+    }
+}
+
+/// `Σ importance·(w − ŵ)²` over all columns but `without`, on the grid of these columns.
+#[inline(always)]
+fn error_without(w: &[Lanes], importance: &[f32], steps: f32, without: usize) -> Lanes {
+    let (mut lo, mut hi) = ([f32::INFINITY; LANES], [f32::NEG_INFINITY; LANES]);
+    for (j, w) in w.iter().enumerate() {
+        if j != without {
+            for l in 0..LANES {
+                lo[l] = lo[l].min(w[l]);
+                hi[l] = hi[l].max(w[l]);
+            }
+        }
+    }
+    let mut sum = [0.0; LANES];
+    let (mut scale, mut zero) = ([0.0; LANES], [0.0; LANES]);
+    for l in 0..LANES {
+        // Equal weights are exact.
+        scale[l] = if hi[l] > lo[l] { (hi[l] - lo[l]) / steps } else { 1.0 };
+        zero[l] = -lo[l] / scale[l];
+    }
+    for (j, (w, &importance)) in w.iter().zip(importance).enumerate() {
+        if j != without {
+            for l in 0..LANES {
+                let code = (w[l] / scale[l] + zero[l]).clamp(0.0, steps);
+                let code = (code + 12_582_912.0) - 12_582_912.0;
+                let error = w[l] - scale[l] * (code - zero[l]);
+                sum[l] += error * error * importance;
+            }
+        }
+    }
+    sum
 }

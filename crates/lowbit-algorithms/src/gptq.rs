@@ -14,16 +14,18 @@
 //! * if there is no Cholesky factor, the damping is multiplied by ten until there is one.
 
 use lowbit_core::{
-    BlockParams, Context, Error, Fit, Mat, MatRef, Params, QLinear, QMatrix, QuantScheme, Result,
-    ScaleFormat, Transform, ZeroFormat,
+    BlockParams, Context, Error, Fit, Mat, MatRef, Outliers, Params, QLinear, QMatrix, QuantScheme,
+    Result, ScaleFormat, SparseRows, Transform, ZeroFormat, f16,
 };
 use pulp::Arch;
-use rayon::prelude::*;
 
 use crate::{
     Calibration, Needs, Plan, Quantized, Quantizer, Report, Uncalibrated,
-    feedback::{Band, Block, Descend, Free, Grids, LANES, Lanes, Levels, Run, blocks},
+    feedback::{
+        Band, Block, Descend, Free, Grids, LANES, Lanes, LeaveOut, Levels, Run, blocks, map,
+    },
     hessian::{Factor, Hessian},
+    spqr::OutlierRule,
 };
 
 /// GPTQ.
@@ -128,15 +130,7 @@ impl Quantizer for Gptq {
         if hessian.is_zero() {
             return nearest(w, self.scheme, &self.fit);
         }
-        let solved = Solver { gptq: self, hessian: &hessian }.solve(w, ctx)?;
-        let layer = QLinear::new(solved.weight);
-        let layer = match self.order {
-            Order::Sorted => layer.with_transforms(vec![permutation(&hessian.order)?])?,
-            Order::Given | Order::Falling => layer,
-        };
-        let dead_columns = hessian.dead.iter().filter(|dead| **dead).count();
-        let report = Report { damping: Some(solved.damping), dead_columns, ..Report::default() };
-        Ok(Quantized { layer, report })
+        Solver { gptq: self, hessian: &hessian, outliers: None }.solve(w, ctx)
     }
 
     fn needs(&self) -> Needs {
@@ -193,14 +187,11 @@ pub(crate) fn permutation(order: &[usize]) -> Result<Transform> {
     Ok(Transform::Permute(places.map_err(|_| Error::TooLarge { rows: 1, cols: k })?))
 }
 
-struct Solved {
-    weight: QMatrix,
-    damping: f64,
-}
-
-struct Solver<'a> {
-    gptq: &'a Gptq,
-    hessian: &'a Hessian<'a>,
+pub(crate) struct Solver<'a> {
+    pub(crate) gptq: &'a Gptq,
+    pub(crate) hessian: &'a Hessian<'a>,
+    /// Which weights are kept beside the codes.
+    pub(crate) outliers: Option<OutlierRule>,
 }
 
 impl Solver<'_> {
@@ -220,8 +211,8 @@ impl Solver<'_> {
         }
     }
 
-    fn solve(&self, w: MatRef<'_, f32>, ctx: &mut Context) -> Result<Solved> {
-        let Self { gptq, hessian } = *self;
+    pub(crate) fn solve(&self, w: MatRef<'_, f32>, ctx: &mut Context) -> Result<Quantized> {
+        let Self { gptq, hessian, outliers } = *self;
         let ((n, k), scheme) = (w.shape(), gptq.scheme);
         let levels = Levels::new(scheme, &gptq.fit)?;
         // The weights as they will be stored, without those that no input reaches.
@@ -260,14 +251,22 @@ impl Solver<'_> {
             grid: &grid,
             fixed: !grid.fresh,
             importance: &importance,
+            threshold: None,
         };
         if let Some(stored) = &stored {
             bands.iter_mut().for_each(|band| grid.give(stored.params(), band));
         }
+        if let Some(rule) = outliers {
+            let unit = sensitivity(target.as_ref(), &columns, &importance);
+            let threshold = rule.threshold(unit, &bands, k, |bands, threshold| {
+                Pass { threshold: Some(threshold), ..pass }.run(bands, ctx)
+            })?;
+            pass.threshold = Some(threshold);
+        }
         pass.run(&mut bands, ctx)?;
         if grid.fresh {
-            let mut exact = grid.take(&bands, n);
-            let params = round(scheme, n, k, &mut exact)?;
+            let exact = grid.take(&bands, n);
+            let params = BlockParams::round(scheme, n, k, &exact)?;
             if !grid.is_local {
                 // Now that all scales are known, those that depend on each other are rounded, and
                 // the codes chosen again for what is stored.
@@ -312,32 +311,55 @@ impl Solver<'_> {
             }
         }
         let stored = stored.ok_or(Error::Empty { what: "scales" })?;
-        Ok(Solved { weight: QMatrix::from_codes(&stored, &codes)?, damping })
+        let mut layer = QLinear::new(QMatrix::from_codes(&stored, &codes)?);
+        if gptq.order == Order::Sorted {
+            layer = layer.with_transforms(vec![permutation(&hessian.order)?])?;
+        }
+        let dead_columns = hessian.dead.iter().filter(|dead| **dead).count();
+        let mut report = Report { damping: Some(damping), dead_columns, ..Report::default() };
+        if outliers.is_some() {
+            let rows = kept_weights(&bands, n, k)?;
+            report.outliers = rows.values().len();
+            layer = layer.with_outliers(Some(Outliers::Sparse(rows)))?;
+        }
+        Ok(Quantized { layer, report })
     }
 }
 
-/// Rounds scales and zeros to their formats. A real zero is in steps of the scale: where that is
-/// rounded in two levels, the zero is brought into its steps first, in `exact` too.
-fn round(
-    scheme: QuantScheme,
-    rows: usize,
-    cols: usize,
-    exact: &mut [Params],
-) -> Result<BlockParams> {
-    let rounded = BlockParams::round(scheme, rows, cols, exact)?;
-    if !matches!(
-        (scheme.scale_format, scheme.zero),
-        (ScaleFormat::TwoLevel(_), ZeroFormat::Real(_))
-    ) {
-        return Ok(rounded);
+/// The mean over columns of `var(W_j) / U_jj²`: the unit of SpQR's threshold.
+fn sensitivity(w: MatRef<'_, f32>, columns: &[usize], importance: &[f32]) -> f64 {
+    let (n, k) = w.shape();
+    let (mut sums, mut squares) = (vec![0.0_f64; k], vec![0.0_f64; k]);
+    for row in w.iter_rows() {
+        for (c, &w) in row.iter().enumerate() {
+            sums[c] += f64::from(w);
+            squares[c] += f64::from(w) * f64::from(w);
+        }
     }
-    for (exact, rounded) in exact.iter_mut().zip(rounded.params()) {
-        let zero = exact.zero * (exact.scale / rounded.scale);
-        // A step of 0 has no zero.
-        exact.zero = if zero.is_finite() { zero } else { 0.0 };
-        exact.scale = if zero.is_finite() { exact.scale } else { 0.0 };
+    let spread = columns.iter().zip(importance).map(|(&c, &importance)| {
+        let degrees = n.saturating_sub(1).max(1) as f64;
+        let variance = (squares[c] - sums[c] * sums[c] / n as f64) / degrees;
+        variance.max(0.0) * f64::from(importance)
+    });
+    spread.sum::<f64>() / k.max(1) as f64
+}
+
+/// What the bands keep beside their codes, by row.
+fn kept_weights(bands: &[Band], n: usize, k: usize) -> Result<SparseRows> {
+    let index = |x: usize| u32::try_from(x).map_err(|_| Error::TooLarge { rows: n, cols: k });
+    let (mut starts, mut columns, mut values) = (vec![0], Vec::new(), Vec::new());
+    for band in bands {
+        for lane in 0..band.rows {
+            for (c, (&kept, extra)) in band.kept.iter().zip(&band.extra).enumerate() {
+                if kept >> lane & 1 == 1 && extra[lane] != 0.0 {
+                    columns.push(index(c)?);
+                    values.push(f16::from_f32(extra[lane]));
+                }
+            }
+            starts.push(index(columns.len())?);
+        }
     }
-    BlockParams::round(scheme, rows, cols, exact)
+    SparseRows::new(n, k, starts, columns, values)
 }
 
 /// How blocks of weights lie in the matrix, and what follows for their scales.
@@ -415,9 +437,8 @@ impl Grid {
         for lane in 0..band.rows {
             params.extend(band.exact[groups.clone()].iter().map(|grids| grids.get(lane)));
         }
-        let rounded = round(self.scheme, band.rows, count * self.cols, &mut params)?;
-        for (at, (exact, params)) in params.iter().zip(rounded.params()).enumerate() {
-            band.exact[groups.start + at % count].set(at / count, *exact);
+        let rounded = BlockParams::round(self.scheme, band.rows, count * self.cols, &params)?;
+        for (at, params) in rounded.params().iter().enumerate() {
             band.grids[groups.start + at % count].set(at / count, *params);
         }
         Ok(())
@@ -438,7 +459,8 @@ impl Band {
         }
         let grids = vec![Grids::UNIT; groups];
         let (d, codes) = (vec![[0.0; LANES]; k], vec![[0; LANES]; k]);
-        Self { first, rows, target, d, codes, exact: grids.clone(), grids }
+        let (kept, extra) = (vec![0; k], vec![[0.0; LANES]; k]);
+        Self { first, rows, target, d, codes, kept, extra, exact: grids.clone(), grids }
     }
 
     /// From positions to columns.
@@ -446,11 +468,13 @@ impl Band {
         if columns.is_sorted() {
             return;
         }
-        let (target, d, codes) = (self.target.clone(), self.d.clone(), self.codes.clone());
+        let Self { target, d, codes, kept, extra, .. } = self.clone();
         for (position, &column) in columns.iter().enumerate() {
             self.target[column] = target[position];
             self.d[column] = d[position];
             self.codes[column] = codes[position];
+            self.kept[column] = kept[position];
+            self.extra[column] = extra[position];
         }
     }
 }
@@ -478,15 +502,8 @@ fn for_each(
     map(bands.chunks_mut(TOGETHER).collect(), ctx, f).into_iter().collect()
 }
 
-/// `f` of each task in order, on the threads of the context.
-fn map<T: Send, R: Send>(tasks: Vec<T>, ctx: &mut Context, f: impl Fn(T) -> R + Sync) -> Vec<R> {
-    match ctx.pool().filter(|pool| pool.current_num_threads() > 1) {
-        Some(pool) => pool.install(|| tasks.into_par_iter().with_max_len(1).map(&f).collect()),
-        None => tasks.into_iter().map(f).collect(),
-    }
-}
-
 /// One pass of error feedback over all columns.
+#[derive(Clone, Copy)]
 struct Pass<'a> {
     levels: &'a Levels,
     blocks: &'a [Block],
@@ -497,6 +514,8 @@ struct Pass<'a> {
     fixed: bool,
     /// `1 / U_jj²`
     importance: &'a [f32],
+    /// From which `(w − ŵ)² / U_jj²` on a weight is kept beside the codes.
+    threshold: Option<f32>,
 }
 
 impl Pass<'_> {
@@ -533,6 +552,10 @@ impl Pass<'_> {
                 d: &mut band.d[start..end],
                 codes: &mut band.codes[start..end],
                 y: &mut y,
+                kept: &mut band.kept[start..end],
+                extra: &mut band.extra[start..end],
+                importance: &self.importance[start..end],
+                threshold: self.threshold.unwrap_or(f32::INFINITY),
             });
             from += same;
         }
@@ -565,6 +588,14 @@ impl Pass<'_> {
                 w: &mut w,
             });
             free.extend_from_slice(&w[from..]);
+        }
+        if let Some(threshold) = self.threshold {
+            Arch::new().dispatch(LeaveOut {
+                w: &mut free,
+                importance: &self.importance[first..end],
+                threshold,
+                steps: f32::from(self.grid.scheme.dtype.max_code()),
+            });
         }
         let group = self.groups[first];
         let mut values = vec![0.0; free.len()];
@@ -646,6 +677,8 @@ impl<'a> Sweeps<'a> {
                     d: &mut band.d[start..end],
                     codes: &mut band.codes[start..end],
                     y: &mut y,
+                    kept: &band.kept[start..end],
+                    extra: &mut band.extra[start..end],
                 });
             }
         }
@@ -664,6 +697,10 @@ impl<'a> Sweeps<'a> {
                 let Params { zero, offset, .. } = grids.get(l);
                 b[c][l] = self.levels.dtype.level(band.codes[c][l]) - zero;
                 target[c][l] -= offset;
+                if band.kept[c] >> l & 1 == 1 {
+                    // It stays what it is.
+                    (b[c][l], target[c][l]) = (0.0, band.d[c][l]);
+                }
             }
         }
         // Of each lane, row-major over groups.
@@ -737,8 +774,16 @@ impl<'a> Sweeps<'a> {
         for c in 0..k {
             let grids = &band.grids[self.groups[c]];
             for l in 0..LANES {
-                let level = self.levels.dtype.level(band.codes[c][l]);
-                band.d[c][l] = band.target[c][l] - grids.get(l).real(level);
+                let params = grids.get(l);
+                let q = if band.kept[c] >> l & 1 == 1 {
+                    let w = band.target[c][l] - band.d[c][l];
+                    let (extra, q) = self.levels.keep(params, band.codes[c][l], w);
+                    band.extra[c][l] = extra;
+                    q
+                } else {
+                    params.real(self.levels.dtype.level(band.codes[c][l]))
+                };
+                band.d[c][l] = band.target[c][l] - q;
             }
         }
         Ok(())

@@ -111,7 +111,8 @@ impl<'a> Hessian<'a> {
                 for (r, x) in column.iter_mut().enumerate().skip(q) {
                     *x = self.at(self.order[k - 1 - r], channel);
                 }
-                column[q] += added;
+                // A dead channel has nothing to do with the others.
+                column[q] += if self.dead[channel] { 0.0 } else { added };
             }
             if cholesky(&mut r, k, ctx)? {
                 r.reverse();

@@ -1,10 +1,12 @@
 use lowbit_core::{
     ActivationScales, ActivationScheme, ActivationType,
     Granularity::{PerChannel, PerGroup},
-    QuantScheme,
+    QuantScheme, QuantType, ScaleFormat, TwoLevel, ZeroFormat,
 };
 
-use crate::{Alpha, Awq, ChannelScale, LlmInt8, Quantizer, Recipe, Rtn, SmoothQuant};
+use crate::{
+    Alpha, Awq, ChannelScale, Gptq, LlmInt8, OutlierRule, Quantizer, Recipe, Rtn, SmoothQuant, Spqr,
+};
 
 /// A method under the name by which commands and reports know it.
 #[derive(Clone, Copy)]
@@ -111,7 +113,56 @@ pub const METHODS: &[Method] = &[
     Method::new("int3-g32-zp", "3 bits, groups of 32, zero-points", &affine(3, PerGroup(32))),
     Method::new("int2-g32", "2 bits, groups of 32", &symmetric(2, PerGroup(32))),
     Method::new("int2-g32-zp", "2 bits, groups of 32, zero-points", &affine(2, PerGroup(32))),
+    Method::new("gptq-int4-g128", "GPTQ, int4-g128", &gptq(symmetric(4, PerGroup(128)))),
+    Method::new("gptq-int4-g128-zp", "GPTQ, int4-g128-zp", &gptq(affine(4, PerGroup(128)))),
+    Method::new("gptq-int4-g32-zp", "GPTQ, int4-g32-zp", &gptq(affine(4, PerGroup(32)))),
+    Method::new("gptq-int3-g32-zp", "GPTQ, int3-g32-zp", &gptq(affine(3, PerGroup(32)))),
+    Method::new("best-int4-g32-zp", "GPTQ improved, int4-g32-zp", &best(affine(4, PerGroup(32)))),
+    Method::new("best-int3-g32-zp", "GPTQ improved, int3-g32-zp", &best(affine(3, PerGroup(32)))),
+    Method::new("best-int5-g16", "GPTQ improved, 5 bits, two-level g16", &two_level(5)),
+    Method::new("best-int4-g16", "GPTQ improved, 4 bits, two-level g16", &two_level(4)),
+    Method::new("best-int3-g16", "GPTQ improved, 3 bits, two-level g16", &two_level(3)),
+    Method::new("spqr-int4-g16", "SpQR, 4 bits, 1 % of outliers", &spqr(4)),
+    Method::new("spqr-int3-g16", "SpQR, 3 bits, 1 % of outliers", &spqr(3)),
+    Method::new(
+        "best-l16",
+        "GPTQ improved, 16 levels, two-level g32",
+        &table(QuantType::LLOYD_MAX16),
+    ),
+    Method::new("best-l8", "GPTQ improved, 8 levels, two-level g32", &table(QuantType::LLOYD_MAX8)),
+    Method::new("best-l4", "GPTQ improved, 4 levels, two-level g32", &table(QuantType::LLOYD_MAX4)),
 ];
+
+const fn gptq(rtn: Rtn) -> Gptq {
+    Gptq::new(rtn.scheme)
+}
+
+const fn best(rtn: Rtn) -> Gptq {
+    Gptq::improved(rtn.scheme)
+}
+
+/// Scales, and zeros, of 4 bits over an f16 step and minimum of 16 rows.
+const BILEVEL: ScaleFormat = ScaleFormat::TwoLevel(TwoLevel::BILEVEL4);
+
+/// Integers with real zeros.
+const fn two_level(bits: u8) -> Gptq {
+    Gptq::improved(QuantScheme {
+        zero: ZeroFormat::Real(BILEVEL),
+        scale_format: BILEVEL,
+        ..QuantScheme::affine(bits, PerGroup(16))
+    })
+}
+
+const fn spqr(bits: u8) -> Spqr {
+    Spqr { outliers: OutlierRule::Share(0.01), ..Spqr::new(bits) }
+}
+
+const fn table(levels: QuantType) -> Gptq {
+    Gptq::improved(QuantScheme {
+        scale_format: BILEVEL,
+        ..QuantScheme::levels(levels, PerGroup(32))
+    })
+}
 
 const INT4_G32_ZP: Rtn = affine(4, PerGroup(32));
 const AWQ: Awq = Awq { scheme: INT4_G32_ZP.scheme, fit: INT4_G32_ZP.fit };

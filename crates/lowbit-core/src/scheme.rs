@@ -29,6 +29,16 @@ impl QuantType {
     pub const FP4_BNB: Self = Self::Table(Levels::of(&Table16::FP4_BNB));
     /// The table of ggml's IQ4_NL and IQ4_XS: [`Table16::IQ4_NL`].
     pub const IQ4_NL: Self = Self::Table(Levels::of(&Table16::IQ4_NL));
+    /// The 4 levels of least squared error for normally distributed numbers, the outermost at ±1.
+    /// (Max, "Quantizing for minimum distortion", IRE Trans. Inf. Theory 6, 1960, table I.)
+    pub const LLOYD_MAX4: Self = Self::Table(Levels::both_signs([0.452_78, 1.510_42]));
+    /// [`LLOYD_MAX4`](Self::LLOYD_MAX4) with 8 levels.
+    pub const LLOYD_MAX8: Self =
+        Self::Table(Levels::both_signs([0.245_09, 0.756_01, 1.343_91, 2.151_95]));
+    /// [`LLOYD_MAX4`](Self::LLOYD_MAX4) with 16 levels.
+    pub const LLOYD_MAX16: Self = Self::Table(Levels::both_signs([
+        0.128_40, 0.388_05, 0.656_76, 0.942_34, 1.256_23, 1.618_05, 2.069_02, 2.732_59,
+    ]));
 
     /// Bits of one stored code.
     pub const fn bits(self) -> u8 {
@@ -173,6 +183,19 @@ impl Levels {
         let mut all = [levels[0]; 16];
         all[..levels.len()].copy_from_slice(levels);
         Ok(Self { bits: bits as u8, levels: all })
+    }
+
+    /// Ascending positive levels and their negatives, in units of the largest.
+    const fn both_signs<const N: usize>(positive: [f32; N]) -> Self {
+        let largest = positive[N - 1];
+        let mut levels = [-1.0; 16];
+        let mut i = 0;
+        while i < N {
+            levels[N - 1 - i] = -(positive[i] / largest);
+            levels[N + i] = positive[i] / largest;
+            i += 1;
+        }
+        Self { bits: (2 * N).ilog2() as u8, levels }
     }
 
     const fn of(table: &Table16) -> Self {

@@ -38,8 +38,8 @@
 
 pub use lowbit_algorithms::{
     Alpha, Awq, Calibration, Calibrations, ChannelScale, Drift, Gptq, LlmInt8, METHODS, Method,
-    Needs, Order, OutlierWeights, Plan, Quantized, Quantizer, Recipe, Report, Rtn, SmoothQuant,
-    Uncalibrated, calibrations, layer_loss,
+    Needs, Obq, Order, OutlierRule, OutlierWeights, Plan, Quantized, Quantizer, Recipe, Report,
+    Rtn, SmoothQuant, Spqr, Uncalibrated, calibrations, layer_loss, obd_saliency, obs_saliency,
 };
 #[cfg(feature = "testing")]
 pub use lowbit_core::testing;

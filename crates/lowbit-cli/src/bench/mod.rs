@@ -1,5 +1,6 @@
 //! `lowbit bench`: what this machine does.
 
+mod algorithms;
 mod convert;
 mod gemm;
 mod quantize;
@@ -18,6 +19,8 @@ pub(crate) struct Options {
 
 #[derive(clap::Subcommand)]
 enum What {
+    /// Quantizing a layer whose statistics are known
+    Algorithms(algorithms::Options),
     /// Conversions of whole slices between number formats, on one thread
     Convert(convert::Options),
     /// A product of a quantized layer with a batch of activations
@@ -30,6 +33,7 @@ enum What {
 
 pub(crate) fn run(options: &Options) -> Result<()> {
     match &options.what {
+        What::Algorithms(options) => algorithms::run(options),
         What::Convert(options) => convert::run(options),
         What::Gemm(options) => gemm::run(options),
         What::Roofline(options) => roofline::run(options),
