@@ -62,6 +62,8 @@ pub use encoder::{BlockParams, Encoder};
 pub use error::Error;
 pub use fit::{Division, Fit, Range, SymmetricScale, presets};
 pub use linear::{Linear, QLinear, check_shapes};
+/// What a [`QuantType::Float`] is.
+pub use lowbit_dtypes::Format;
 /// The 16-bit float that outlier weights are stored in.
 pub use lowbit_dtypes::f16;
 pub use mat::{Mat, MatMut, MatRef};

@@ -255,20 +255,21 @@ impl<S: AsRef<[u8]>> QLinear<S> {
 ///
 /// * f32 activations: `y = Σ_j w_j·x_j + bias` over the dequantized weights, summed in f64 and
 ///   rounded once.
-/// * Integer activations and weights with [integer levels](crate::QuantType::integer_levels) and
-///   integer zeros: let `G` be the runs of features within which neither the weight's nor the
+/// * Integer activations and weights with [integer levels](crate::QuantType::integer_levels): let `G` be the runs of features within which neither the weight's nor the
 ///   activation's scale changes. Then
 ///   `y = (Σ_G Σ_{j∈G} (level_j − zero_G)·(a_j − z_G) · (scale_G·unit)) · s + bias`, where `s` is the
 ///   scale of the token; with a scale for each group of a token, every term of the outer sum is multiplied
-///   by it instead. The inner sums are exact integers; the outer one goes from left to right in
+///   by it instead. A real zero is made an offset first ([`Params::to_offset`](crate::Params::to_offset));
+///   after the term of a group with an offset, `offset_G·Σ(a_j − z_G)` is added. Sums over `j` are exact
+///   integers, then rounded to f32; the outer one goes from left to right in
 ///   f32, every product and sum rounded on its own (no fused multiply-add). Kernels reproduce it bit
 ///   for bit.
 /// * [`Outliers`] that are features count as 0 in all of this. Then, feature by feature in ascending
 ///   order, `x_j·w_j` is added to y, product and sum each rounded to f32. Single weights are added
 ///   likewise, and nothing counts as 0 for them.
 /// * At last the [`Adapter`] adds its term, from the input before the transforms.
-/// * Other activations (floats), or weights with real zeros or offsets or of FP8: as f32
-///   activations, over the dequantized activations.
+/// * Other activations (floats), or weights without integer levels (FP8): as f32 activations, over the
+///   dequantized activations.
 impl<S: AsRef<[u8]> + Send + Sync> Linear for QLinear<S> {
     fn in_features(&self) -> usize {
         self.weight.cols()
@@ -298,7 +299,8 @@ impl<S: AsRef<[u8]> + Send + Sync> Linear for QLinear<S> {
         let a = self.activation.map(|scheme| QActivations::quantize(x, scheme)).transpose()?;
         match a {
             None => self.forward_f64(x, &mut y),
-            Some(a) => match self.integer_levels().filter(|_| a.is_integer()) {
+            Some(a) => match self.weight.scheme().dtype.integer_levels().filter(|_| a.is_integer())
+            {
                 Some(levels) => self.forward_integers(&a, &levels, &mut y)?,
                 None => self.forward_f64(a.dequantize().as_ref(), &mut y),
             },
@@ -334,14 +336,6 @@ impl<S: AsRef<[u8]>> QLinear<S> {
             }
         }
         Ok(Some(to))
-    }
-
-    /// The levels of the codes as integers, if zeros are integers too.
-    fn integer_levels(&self) -> Option<IntegerLevels> {
-        match self.weight.scheme().zero {
-            ZeroFormat::Real(_) | ZeroFormat::Offset(_) => None,
-            _ => self.weight.scheme().dtype.integer_levels(),
-        }
     }
 
     fn add_outliers(&self, outliers: &Outliers, x: MatRef<'_, f32>, y: &mut MatMut<'_, f32>) {
@@ -385,6 +379,8 @@ impl<S: AsRef<[u8]>> QLinear<S> {
         let (block_rows, weight_group) = self.weight.block();
         let activation_group = a.group_size();
         let grouped = matches!(a.scheme().scales, ActivationScales::PerTokenGroup(_));
+        let integer_zeros =
+            !matches!(self.weight.scheme().zero, ZeroFormat::Real(_) | ZeroFormat::Offset(_));
         let k = self.weight.cols();
         let mut codes = vec![0; k];
         for i in 0..self.weight.rows() {
@@ -397,15 +393,20 @@ impl<S: AsRef<[u8]>> QLinear<S> {
                     let (wg, ag) = (start / weight_group, start / activation_group);
                     let end = k.min((wg + 1) * weight_group).min((ag + 1) * activation_group);
                     let (w, a) = (self.weight.params(i / block_rows, wg), a.params(row, ag));
+                    let w = if integer_zeros { w } else { w.to_offset() };
                     let (w_zero, a_zero) = (w.zero as i64, a.zero as i64);
-                    let dot: i64 = (codes[start..end].iter().zip(&a_codes[start..end]))
-                        .map(|(&code, &a)| {
-                            let level = i64::from(levels.integers[usize::from(code)]);
-                            (level - w_zero) * (i64::from(a) - a_zero)
-                        })
-                        .sum();
-                    let term = dot as f32 * (w.scale * levels.unit);
-                    sum += if grouped { term * a.scale } else { term };
+                    let mut dot = 0;
+                    let mut rest = 0;
+                    for (&code, &a) in codes[start..end].iter().zip(&a_codes[start..end]) {
+                        let level = i64::from(levels.integers[usize::from(code)]);
+                        dot += (level - w_zero) * (i64::from(a) - a_zero);
+                        rest += i64::from(a) - a_zero;
+                    }
+                    let group_scale = if grouped { a.scale } else { 1.0 };
+                    sum += dot as f32 * (w.scale * levels.unit) * group_scale;
+                    if !integer_zeros {
+                        sum += w.offset * rest as f32 * group_scale;
+                    }
                     start = end;
                 }
                 let product = if grouped { sum } else { sum * a.params(row, 0).scale };

@@ -159,6 +159,28 @@ impl<S: AsRef<[u8]>> QMatrix<S> {
         params
     }
 
+    /// The grid of scales as the matrix as which it is stored; `None` unless scales are
+    /// [`TwoLevel`](crate::TwoLevel).
+    ///
+    /// # Example
+    /// ```
+    /// use lowbit_core::{Mat, QMatrix, presets};
+    ///
+    /// let w = Mat::from_fn(2, 64, |r, c| (r + c) as f32);
+    /// let (nvfp4, fit) = presets::nvfp4();
+    /// let q = QMatrix::quantize_with(w.as_ref(), nvfp4, &fit, None)?;
+    /// let scales = q.scale_grid().unwrap();
+    /// assert_eq!((scales.rows(), scales.cols()), (2, 4)); // groups of 16
+    /// assert_eq!(scales.dequantize().data()[3], q.params(0, 3).scale);
+    /// # Ok::<(), lowbit_core::Error>(())
+    /// ```
+    pub fn scale_grid(&self) -> Option<QMatrix<&[u8]>> {
+        match self.scheme.scale_format {
+            ScaleFormat::TwoLevel(two) => two.open(self.scales(), self.grid()),
+            _ => None,
+        }
+    }
+
     /// Rows and columns of a full block.
     pub fn block(&self) -> (usize, usize) {
         self.scheme.granularity.block(self.rows, self.cols)

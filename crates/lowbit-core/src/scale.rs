@@ -138,7 +138,7 @@ impl TwoLevel {
     }
 
     /// The grid of scales as a matrix over its bytes: codes, then steps, then minima.
-    fn open(self, bytes: &[u8], grid: (usize, usize)) -> Option<QMatrix<&[u8]>> {
+    pub(crate) fn open(self, bytes: &[u8], grid: (usize, usize)) -> Option<QMatrix<&[u8]>> {
         let scheme = self.scheme();
         let layout = Layout::new(grid.0, grid.1, scheme).ok()?;
         let (codes, rest) = bytes.split_at_checked(layout.codes)?;

@@ -10,8 +10,9 @@ use rayon::prelude::*;
 use crate::{
     io::{Input, Output},
     packed::{PackedLinear, has_zeros_or_groups},
+    panel::{NR, Panel},
     rows::{Quantizer, RowLayout, tensor_params},
-    tile::{Int8Row, MR, NR, Panel},
+    tile::{Int8Row, MR},
 };
 
 /// Multiplications below which handing out tasks costs more than it gains.
@@ -267,7 +268,10 @@ impl PackedLinear {
         store: impl Fn(&[f32], &mut [T]) + Sync,
     ) {
         let (m, width) = (x.rows(), self.padded_k());
-        let padded: &mut [f32] = bytemuck::cast_slice_mut(ctx.scratch(m * width * 4));
+        let widened = self.widened_bytes(m);
+        let scratch = ctx.scratch(threads.count() * widened + m * width * 4);
+        let (spare, padded) = scratch.split_at_mut(threads.count() * widened);
+        let padded: &mut [f32] = bytemuck::cast_slice_mut(padded);
         threads.chunks(padded, width, |row, to| {
             pad(x.row(row).unwrap_or(&[]), to, self.group().0, self.padded_group());
         });
@@ -279,7 +283,7 @@ impl PackedLinear {
             }
             self.microkernel().f32(panel, &x[..rows.len()], out);
         };
-        self.tiles(y, threads, self.bias(), tile, store);
+        self.tiles(y, threads, self.bias(), spare, tile, store);
     }
 
     #[allow(clippy::too_many_arguments, reason = "one call")]
@@ -303,7 +307,8 @@ impl PackedLinear {
         let quantized = layout.bytes();
         let rest = if self.outlier_features().is_some() { 4 * k } else { 0 };
         let stride = quantized + rest.next_multiple_of(64);
-        let scratch = ctx.scratch(m * stride);
+        let widened = threads.count() * self.widened_bytes(m);
+        let (spare, scratch) = ctx.scratch(widened + m * stride).split_at_mut(widened);
         threads.chunks(scratch, stride, |row, to| {
             let (to, rest) = to.split_at_mut(quantized);
             let mut to = layout.split_mut(to);
@@ -368,7 +373,7 @@ impl PackedLinear {
                 }
             }
         };
-        self.tiles(y, threads, self.bias().filter(|_| !exact), tile, store);
+        self.tiles(y, threads, self.bias().filter(|_| !exact), spare, tile, store);
         Ok(())
     }
 
@@ -458,17 +463,21 @@ impl PackedLinear {
     }
 
     /// Computes every tile of `y`: `tile(panel, rows, out)` fills `out`, to which the bias is added
-    /// before it is stored.
+    /// before it is stored. Each thread has its part of `spare` for a widened panel, if that pays.
     fn tiles<T: Send>(
         &self,
         y: MatMut<'_, T>,
         threads: Threads<'_>,
         bias: Option<&[f32]>,
+        spare: &mut [u8],
         tile: impl Fn(&Panel<'_>, Range<usize>, &mut [[f32; NR]]) + Sync,
         store: impl Fn(&[f32], &mut [T]) + Sync,
     ) {
         let ((m, n), stride) = (y.shape(), y.row_stride());
         let y = Columns { start: y.into_data().as_mut_ptr(), stride, m, n };
+        let widened = self.widened_bytes(m);
+        let count = threads.count();
+        let spare = Columns { start: spare.as_mut_ptr(), stride: widened, m: count, n: widened };
         let kernel = self.microkernel();
         let task_rows = self.task_rows(m);
         let (panels, row_tasks) = (n.div_ceil(NR), m.div_ceil(task_rows));
@@ -483,6 +492,13 @@ impl PackedLinear {
             let bias = bias.map(|bias| &bias[cols.clone()]);
             let last = m.min(first + task_rows);
             let mut codes = self.panel(panel);
+            if widened > 0 {
+                #[allow(unsafe_code, reason = "each thread has its own part")]
+                // SAFETY: the index is below the count, and no other thread has it; this one keeps
+                // the part until the task ends, and a task does not wait for others.
+                let spare = unsafe { spare.part(threads.index(), 0..widened) };
+                codes = self.widened(codes, spare);
+            }
             let next: &[u8] = if kernel.keeps_rows && panel + 1 < panels {
                 self.panel(panel + 1).codes
             } else {
@@ -679,6 +695,15 @@ fn pad(x: &[f32], to: &mut [f32], group_size: usize, padded: usize) {
 struct Threads<'a>(Option<&'a rayon::ThreadPool>);
 
 impl Threads<'_> {
+    fn count(self) -> usize {
+        self.0.map_or(1, rayon::ThreadPool::current_num_threads)
+    }
+
+    /// Of the thread that runs a task, below [`count`](Self::count).
+    fn index(self) -> usize {
+        self.0.and_then(rayon::ThreadPool::current_thread_index).unwrap_or(0)
+    }
+
     fn each(self, tasks: usize, f: impl Fn(usize) + Sync) {
         match self.0 {
             Some(pool) => pool.install(|| (0..tasks).into_par_iter().for_each(&f)),

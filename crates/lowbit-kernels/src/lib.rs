@@ -30,8 +30,10 @@ mod io;
 #[allow(unsafe_code, reason = "instructions of particular CPUs are unsafe to call on others")]
 mod isa;
 mod packed;
+mod panel;
 pub mod roofline;
 mod rows;
+mod storage;
 mod tile;
 
 #[cfg(test)]

@@ -1,11 +1,15 @@
+use std::ops::Range;
+
 use lowbit_core::{
-    ActivationScales, ActivationScheme, ActivationType, Adapter, Error, Outliers, QLinear,
-    QuantType, Result, SparseRows, Transform, ZeroFormat,
+    ActivationScales, ActivationScheme, ActivationType, Adapter, Error, Format, Outliers, Params,
+    QLinear, QMatrix, QuantScheme, QuantType, Result, ScaleFormat, SparseRows, Transform,
+    ZeroFormat, f16,
 };
 
 use crate::{
     isa::{self, Kernel},
-    tile::{NR, Panel, Storage},
+    panel::{Meaning, NR, Panel, Scales, TwoLevel, Zeros},
+    storage::Storage,
 };
 
 /// A quantized layer rearranged for one kernel of this CPU.
@@ -37,19 +41,50 @@ pub struct PackedLinear {
     outliers: Option<Outliers>,
     adapter: Option<Adapter>,
     bias: Option<Vec<f32>>,
+    scheme: QuantScheme,
     storage: Storage,
+    meaning: Meaning,
+    /// What an integer level is multiplied by.
+    unit: f32,
     /// Input features of a full group, within which no scale changes, neither of weights nor of
     /// activations; and how many groups a row has.
     group: (usize, usize),
-    // codes:  [n/32][steps of all groups][32 rows][4 bytes]; a step is 4 (bytes) or 8 (nibbles) k
+    // codes:  [n/32][steps of all groups][words][32 rows][4 bytes]: see `Storage`
     // scales: [n/32][groups][32]
-    // zeros:  [n/32][groups][32]
+    // zeros:  [n/32][groups][32], or one for all
     // sums:   [n/32][groups][32], or none: see `Panel`
     // Groups are padded to whole steps and rows to whole panels: code 0, zero 0, scale 0.
     codes: Vec<Line>,
-    scales: Vec<[f32; NR]>,
-    zeros: Vec<[u8; NR]>,
+    scales: PackedScales,
+    zeros: PackedZeros,
     sums: Vec<[i32; NR]>,
+}
+
+/// The scales of all panels, see [`Scales`].
+#[derive(Clone)]
+enum PackedScales {
+    F32(Vec<[f32; NR]>),
+    F16(Vec<[u16; NR]>),
+    Bf16(Vec<[u16; NR]>),
+    E8m0(Vec<[u8; NR]>),
+    TwoLevel {
+        codes: Vec<[u8; NR]>,
+        e4m3: bool,
+        zero: i32,
+        /// How many groups share a step, and how many steps a row has.
+        groups: usize,
+        steps_of_row: usize,
+        steps: Vec<[f32; NR]>,
+        minima: Vec<[f32; NR]>,
+    },
+}
+
+/// The zeros of all panels, see [`Zeros`].
+#[derive(Clone)]
+enum PackedZeros {
+    Constant(i32),
+    Bytes(Vec<[u8; NR]>),
+    Offset(Vec<[f32; NR]>),
 }
 
 /// A cache line, so that the vectors of a panel never straddle two.
@@ -63,12 +98,6 @@ unsafe impl bytemuck::Zeroable for Line {}
 #[allow(unsafe_code, reason = "a promise about a type's layout")]
 // SAFETY: as above; every bit pattern is a value.
 unsafe impl bytemuck::Pod for Line {}
-
-/// The longest group for which `Σ (code − zero)·a` surely fits an i32: `(2^31 − 1) / (255 · 128)`.
-const MAX_INT8_GROUP: usize = 65_793;
-
-/// As [`MAX_INT8_GROUP`], with `a − zero` up to 255: `(2^31 − 1) / (255 · 255)`.
-const MAX_UINT8_GROUP: usize = 33_025;
 
 impl PackedLinear {
     /// Packs `layer` for the best kernel of this CPU.
@@ -99,10 +128,14 @@ impl PackedLinear {
         let (block_rows, block_cols) = weight.block();
         let group_size = check_supported(layer)?;
         let groups = k.div_ceil(group_size);
-        let storage = match weight.scheme().dtype.bits() {
-            ..=4 => Storage::Nibbles,
-            _ => Storage::Bytes,
+        let scheme = weight.scheme();
+        let refuse = |what| Err(Error::Unsupported { by: "PackedLinear", what });
+        let Some(meaning) = Meaning::of(scheme.dtype) else {
+            return refuse(format!("weights of {:?}", scheme.dtype));
         };
+        let integers = layer.activation().and(scheme.dtype.integer_levels());
+        let table = matches!(meaning, Meaning::Table(_));
+        let storage = Storage::for_groups(scheme.dtype.bits(), table, group_size, k);
         let panels = n.div_ceil(NR);
         let steps = storage.steps(group_size, k);
         let mut packed = Self {
@@ -114,34 +147,58 @@ impl PackedLinear {
             outliers: layer.outliers().cloned(),
             adapter: layer.adapter().cloned(),
             bias: layer.bias().map(<[f32]>::to_vec),
+            scheme,
             storage,
+            unit: integers.map_or(1.0, |levels| levels.unit),
             group: (group_size, groups),
-            codes: vec![Line([0; 64]); panels * steps * (4 * NR / 64)],
-            scales: vec![[0.0; NR]; panels * groups],
-            zeros: vec![[0; NR]; panels * groups],
+            codes: vec![Line([0; 64]); panels * steps * storage.words() * (4 * NR / 64)],
+            scales: PackedScales::new(weight, group_size),
+            zeros: match scheme.zero {
+                ZeroFormat::Int => PackedZeros::Bytes(vec![[0; NR]; panels * groups]),
+                ZeroFormat::Real(_) | ZeroFormat::Offset(_) => {
+                    PackedZeros::Offset(vec![[0.0; NR]; panels * groups])
+                }
+                ZeroFormat::None | ZeroFormat::Midpoint => PackedZeros::Constant(match &meaning {
+                    Meaning::Table(table) if integers.is_some() => table.offset,
+                    _ => i32::from(scheme.midpoint()),
+                }),
+            },
             sums: match layer.activation() {
                 Some(scheme) if has_zeros_or_groups(scheme) => vec![[0; NR]; panels * groups],
                 _ => Vec::new(),
             },
+            meaning,
         };
         let mut row_codes = vec![0; if n == 0 { 0 } else { k }];
-        let panel_bytes = steps * 4 * NR;
-        let codes: &mut [u8] = bytemuck::cast_slice_mut(&mut packed.codes);
+        let panel_words = steps * storage.words() * NR;
+        let words: &mut [[u8; 4]] = bytemuck::cast_slice_mut(&mut packed.codes);
         for row in 0..if k == 0 { 0 } else { n } {
             let (panel, lane) = (row / NR, row % NR);
             weight.unpack_row(row, &mut row_codes)?;
-            let codes = &mut codes[panel * panel_bytes..][..panel_bytes];
+            let finite = |code: &u8| scheme.dtype.level(*code).is_finite();
+            if matches!(packed.meaning, Meaning::Float(_))
+                && let Some(col) = row_codes.iter().position(|code| !finite(code))
+            {
+                return Err(Error::NotFinite { what: "weight", row, col });
+            }
+            let words = &mut words[panel * panel_words..][..panel_words];
             for (g, group) in row_codes.chunks(group_size).enumerate() {
                 let params = weight.params(row / block_rows, g * group_size / block_cols);
-                packed.scales[panel * groups + g][lane] = params.scale;
-                packed.zeros[panel * groups + g][lane] = params.zero as u8; // an integer below 256
-                if let Some(sums) = packed.sums.get_mut(panel * groups + g) {
-                    sums[lane] = group.iter().map(|&c| i32::from(c) - params.zero as i32).sum();
+                let at = panel * groups + g;
+                packed.scales.put(params.scale, at, lane);
+                match &mut packed.zeros {
+                    PackedZeros::Constant(_) => {}
+                    PackedZeros::Bytes(zeros) => zeros[at][lane] = params.zero as u8, // an integer
+                    PackedZeros::Offset(offsets) => offsets[at][lane] = params.to_offset().offset,
                 }
-                let first = g * storage.steps_of_group(group_size);
+                if let (Some(sums), Some(levels)) = (packed.sums.get_mut(at), &integers) {
+                    let level = |code: &u8| i32::from(levels.integers[usize::from(*code)]);
+                    sums[lane] = group.iter().map(|code| level(code) - params.zero as i32).sum();
+                }
+                let first = g * storage.steps_of_group(group_size) * storage.words();
+                let words = &mut words[first * NR + lane..];
                 for (j, &code) in group.iter().enumerate() {
-                    let (step, byte, shift) = storage.place(j);
-                    codes[((first + step) * NR + lane) * 4 + byte] |= code << shift;
+                    storage.put(code, j, words, NR);
                 }
             }
         }
@@ -155,10 +212,12 @@ impl PackedLinear {
 
     /// Bytes that the packed weights and what belongs to their groups take in memory.
     pub fn packed_bytes(&self) -> usize {
-        size_of_val(&self.codes[..])
-            + size_of_val(&self.scales[..])
-            + size_of_val(&self.zeros[..])
-            + size_of_val(&self.sums[..])
+        let zeros = match &self.zeros {
+            PackedZeros::Constant(_) => 0,
+            PackedZeros::Bytes(zeros) => size_of_val(&zeros[..]),
+            PackedZeros::Offset(offsets) => size_of_val(&offsets[..]),
+        };
+        size_of_val(&self.codes[..]) + self.scales.bytes() + zeros + size_of_val(&self.sums[..])
     }
 
     pub(crate) fn shape(&self) -> (usize, usize) {
@@ -193,21 +252,22 @@ impl PackedLinear {
         self.outliers.as_ref().filter(|outliers| !matches!(outliers, Outliers::Sparse(_)))
     }
 
-    /// The dequantized weights of input feature `j`, one for each output: `Params::level`.
+    /// The dequantized weights of input feature `j`, one for each output: `Params::real`.
     pub(crate) fn column(&self, j: usize, to: &mut [f32]) {
         let (g, within) = (j / self.group.0, j % self.group.0);
-        let (step, byte, shift) = self.storage.place(within);
-        let step = g * self.storage.steps_of_group(self.group.0) + step;
-        let mask = match self.storage {
-            Storage::Bytes => 255,
-            Storage::Nibbles => 15,
-        };
+        let first = g * self.storage.steps_of_group(self.group.0) * self.storage.words();
         for (panel, to) in to.chunks_mut(NR).enumerate() {
             let panel = self.panel(panel);
+            let words: &[[u8; 4]] = bytemuck::cast_slice(panel.codes);
             for (lane, to) in to.iter_mut().enumerate() {
-                let code = panel.codes[(step * NR + lane) * 4 + byte] >> shift & mask;
-                let zero = f32::from(panel.zeros[g][lane]);
-                *to = panel.scales[g][lane] * (f32::from(code) - zero) + 0.0;
+                let code = self.storage.get(within, &words[first * NR + lane..], NR);
+                let (zero, offset) = match panel.zeros {
+                    Zeros::Constant(_) => (f32::from(self.scheme.midpoint()), 0.0),
+                    Zeros::Bytes(zeros) => (f32::from(zeros[g][lane]), 0.0),
+                    Zeros::Offset(offsets) => (0.0, offsets[g][lane]),
+                };
+                let params = Params { scale: panel.scales.get(g, lane), zero, offset };
+                *to = params.real(self.scheme.dtype.level(code));
             }
         }
     }
@@ -231,22 +291,153 @@ impl PackedLinear {
         self.storage.steps(self.group.0, self.k) * self.storage.k_per_step()
     }
 
+    /// Bytes of a panel once its codes are widened, where that pays for `m` rows; 0 otherwise.
+    pub(crate) fn widened_bytes(&self, m: usize) -> usize {
+        let two_tables = matches!(&self.meaning, Meaning::Table(table) if table.high.is_some());
+        let direct = match (self.storage, self.activation) {
+            (Storage::Bytes, _) => true,
+            // Tables of two bytes stay one code.
+            (_, Some(_)) => m <= self.kernel.direct_rows || two_tables,
+            (_, None) => m == 1,
+        };
+        if direct { 0 } else { self.padded_k() * NR }
+    }
+
+    /// A panel of widened codes, see [`tile::widen`](crate::tile::widen); `widened` are those of `panel`.
+    pub(crate) fn widened<'a>(&'a self, panel: Panel<'a>, widened: &'a mut [u8]) -> Panel<'a> {
+        let integers = self.activation.is_some();
+        self.kernel.widen(&panel, integers, widened);
+        Panel {
+            codes: widened,
+            storage: Storage::Bytes,
+            steps: panel.steps * panel.storage.quads(),
+            meaning: if integers { &Meaning::Int } else { panel.meaning },
+            ..panel
+        }
+    }
+
     /// The panel of rows `32·index ..`.
     pub(crate) fn panel(&self, index: usize) -> Panel<'_> {
-        let bytes = self.padded_k() / self.storage.k_per_step() * 4 * NR;
+        let steps = self.padded_k() / self.storage.k_per_step();
+        let bytes = steps * self.storage.words() * 4 * NR;
         let codes: &[u8] = bytemuck::cast_slice(&self.codes);
+        let groups = index * self.group.1..(index + 1) * self.group.1;
         Panel {
             codes: &codes[index * bytes..][..bytes],
-            scales: &self.scales[index * self.group.1..][..self.group.1],
-            zeros: &self.zeros[index * self.group.1..][..self.group.1],
-            sums: match self.sums.is_empty() {
-                true => &[],
-                false => &self.sums[index * self.group.1..][..self.group.1],
-            },
-            exact: false,
             storage: self.storage,
             steps: self.storage.steps_of_group(self.group.0),
+            groups: self.group.1,
+            meaning: &self.meaning,
+            unit: self.unit,
+            scales: self.scales.panel(index, groups.clone()),
+            zeros: match &self.zeros {
+                PackedZeros::Constant(zero) => Zeros::Constant(*zero),
+                PackedZeros::Bytes(zeros) => Zeros::Bytes(&zeros[groups.clone()]),
+                PackedZeros::Offset(offsets) => Zeros::Offset(&offsets[groups.clone()]),
+            },
+            sums: self.sums.get(groups).unwrap_or(&[]),
+            exact: false,
             next: &[],
+        }
+    }
+}
+
+impl PackedScales {
+    /// All 0, in the smallest form that holds the scales of `weight`.
+    fn new<S: AsRef<[u8]>>(weight: &QMatrix<S>, group_size: usize) -> Self {
+        let (panels, groups) = (weight.rows().div_ceil(NR), weight.cols().div_ceil(group_size));
+        let count = panels * groups;
+        match weight.scheme().scale_format {
+            ScaleFormat::F16 => Self::F16(vec![[0; NR]; count]),
+            ScaleFormat::Bf16 => Self::Bf16(vec![[0; NR]; count]),
+            // The exponent of 2^-127, which is subnormal, is that of 0.
+            ScaleFormat::E8m0 if !weight.scales().contains(&0) => Self::E8m0(vec![[0; NR]; count]),
+            ScaleFormat::TwoLevel(_) if group_size == weight.block().1 => {
+                Self::two_level(weight).unwrap_or_else(|| Self::F32(vec![[0.0; NR]; count]))
+            }
+            _ => Self::F32(vec![[0.0; NR]; count]),
+        }
+    }
+
+    /// Two-level scales of integers or of FP8 E4M3 without signs, all filled in.
+    fn two_level<S: AsRef<[u8]>>(weight: &QMatrix<S>) -> Option<Self> {
+        let grid = weight.scale_grid()?;
+        let e4m3 = match grid.scheme().dtype {
+            QuantType::Int { .. } => false,
+            QuantType::Float(Format::F8E4M3) => true,
+            _ => return None,
+        };
+        let (rows, cols) = (weight.rows().div_ceil(NR), grid.cols());
+        let (block_rows, (step_rows, groups)) = (weight.block().0, grid.block());
+        let steps_of_row = grid.grid().1;
+        let mut codes = vec![[0; NR]; rows * cols];
+        let mut steps = vec![[0.0; NR]; rows * steps_of_row];
+        let mut minima = match grid.scheme().zero {
+            ZeroFormat::Offset(_) => steps.clone(),
+            _ => Vec::new(),
+        };
+        let mut row_codes = vec![0; cols];
+        for r in 0..weight.rows() {
+            let (panel, lane, row) = (r / NR, r % NR, r / block_rows);
+            grid.unpack_row(row, &mut row_codes).ok()?;
+            if e4m3 && row_codes.iter().any(|code| *code >= 128) {
+                return None;
+            }
+            for (codes, code) in codes[panel * cols..].iter_mut().zip(&row_codes) {
+                codes[lane] = *code;
+            }
+            for step in 0..steps_of_row {
+                let params = grid.params(row / step_rows, step);
+                steps[panel * steps_of_row + step][lane] = params.scale;
+                if let Some(minima) = minima.get_mut(panel * steps_of_row + step) {
+                    minima[lane] = params.offset;
+                }
+            }
+        }
+        let zero = i32::from(grid.scheme().midpoint());
+        let zero = if grid.scheme().zero == ZeroFormat::Midpoint { zero } else { 0 };
+        Some(Self::TwoLevel { codes, e4m3, zero, groups, steps_of_row, steps, minima })
+    }
+
+    /// Stores a scale, which its format holds.
+    fn put(&mut self, scale: f32, at: usize, lane: usize) {
+        match self {
+            Self::F32(scales) => scales[at][lane] = scale,
+            Self::F16(scales) => scales[at][lane] = f16::from_f32(scale).to_bits(),
+            Self::Bf16(scales) => scales[at][lane] = (scale.to_bits() >> 16) as u16,
+            Self::E8m0(scales) => scales[at][lane] = (scale.to_bits() >> 23) as u8,
+            Self::TwoLevel { .. } => {}
+        }
+    }
+
+    fn bytes(&self) -> usize {
+        match self {
+            Self::F32(scales) => size_of_val(&scales[..]),
+            Self::F16(scales) | Self::Bf16(scales) => size_of_val(&scales[..]),
+            Self::E8m0(scales) => size_of_val(&scales[..]),
+            Self::TwoLevel { codes, steps, minima, .. } => {
+                size_of_val(&codes[..]) + size_of_val(&steps[..]) + size_of_val(&minima[..])
+            }
+        }
+    }
+
+    fn panel(&self, index: usize, range: Range<usize>) -> Scales<'_> {
+        match self {
+            Self::F32(scales) => Scales::F32(&scales[range]),
+            Self::F16(scales) => Scales::F16(&scales[range]),
+            Self::Bf16(scales) => Scales::Bf16(&scales[range]),
+            Self::E8m0(scales) => Scales::E8m0(&scales[range]),
+            Self::TwoLevel { codes, e4m3, zero, groups, steps_of_row, steps, minima } => {
+                let of_panel = index * steps_of_row..(index + 1) * steps_of_row;
+                Scales::TwoLevel(TwoLevel {
+                    codes: &codes[range],
+                    e4m3: *e4m3,
+                    zero: *zero,
+                    groups: *groups,
+                    steps: &steps[of_panel.clone()],
+                    minima: minima.get(of_panel).unwrap_or(&[]),
+                })
+            }
         }
     }
 }
@@ -261,12 +452,6 @@ pub(crate) fn has_zeros_or_groups(scheme: ActivationScheme) -> bool {
 fn check_supported<S: AsRef<[u8]>>(layer: &QLinear<S>) -> Result<usize> {
     let refuse = |what: String| Err(Error::Unsupported { by: "PackedLinear", what });
     let weight = layer.weight();
-    if !matches!(weight.scheme().dtype, QuantType::Int { .. }) {
-        return refuse(format!("weights of {:?}", weight.scheme().dtype));
-    }
-    if !matches!(weight.scheme().zero, ZeroFormat::Midpoint | ZeroFormat::Int) {
-        return refuse(format!("zeros stored as {:?}", weight.scheme().zero));
-    }
     let features = match layer.outliers() {
         None | Some(Outliers::Sparse(_)) => false,
         Some(Outliers::Threshold(_) | Outliers::Columns(_)) => true,
@@ -280,9 +465,23 @@ fn check_supported<S: AsRef<[u8]>>(layer: &QLinear<S>) -> Result<usize> {
         };
     };
     scheme.check()?;
+    let dtype = weight.scheme().dtype;
+    let Some(levels) = dtype.integer_levels() else {
+        return refuse(format!("weights of {dtype:?} beside {:?} activations", scheme.dtype));
+    };
+    let real_zeros = matches!(weight.scheme().zero, ZeroFormat::Real(_) | ZeroFormat::Offset(_));
+    if real_zeros && has_zeros_or_groups(scheme) {
+        return refuse(format!(
+            "zeros stored as {:?} beside activations of {scheme:?}",
+            weight.scheme().zero
+        ));
+    }
+    // |code − zero| or |level| is at most this much.
+    let words = levels.integers.iter().any(|level| !(-128..256).contains(level));
+    let largest = if words { 32_768 } else { 255 };
     let max = match scheme.dtype {
-        ActivationType::Int8 => MAX_INT8_GROUP,
-        ActivationType::UInt8 => MAX_UINT8_GROUP,
+        ActivationType::Int8 => i32::MAX as usize / (largest * 128),
+        ActivationType::UInt8 => i32::MAX as usize / (largest * 255),
         _ => return refuse(format!("activations of {scheme:?}")),
     };
     let k = weight.cols().max(1);

@@ -2,11 +2,11 @@
 
 use std::sync::Arc;
 
-use lowbit_core::testing::{Family, LinearProblem, Promise};
+use lowbit_core::testing::{Family, LinearProblem, Promise, strategies};
 use lowbit_core::{
-    ActivationScales, ActivationScheme, ActivationType, Adapter, Context, Error, Granularity,
-    Linear, Mat, OutlierColumns, Outliers, QActivations, QLinear, QMatrix, QuantScheme, SparseRows,
-    Transform, ZeroFormat, encode_row_int8, encode_row_uint8, f16, presets,
+    ActivationScales, ActivationScheme, ActivationType, Adapter, Context, Error, Format,
+    Granularity, Linear, Mat, OutlierColumns, Outliers, QActivations, QLinear, QMatrix, QuantScheme,
+    SparseRows, Transform, ZeroFormat, encode_row_int8, encode_row_uint8, f16, presets,
 };
 use lowbit_dtypes::bf16;
 use proptest::prelude::*;
@@ -82,11 +82,12 @@ fn scheme() -> impl Strategy<Value = QuantScheme> {
         (1..70_usize).prop_map(Granularity::PerGroup),
         (1..40_usize, 1..40_usize).prop_map(|(r, c)| Granularity::PerBlock(r, c)),
     ];
-    let zero = prop_oneof![Just(ZeroFormat::Midpoint), Just(ZeroFormat::Int)];
-    (1..=8_u8, granularity, zero).prop_map(|(bits, granularity, zero)| QuantScheme {
-        zero,
-        ..QuantScheme::affine(bits, granularity)
-    })
+    let integers = (1..=8_u8, granularity, strategies::zero_formats()).prop_map(
+        |(bits, granularity, zero)| QuantScheme { zero, ..QuantScheme::affine(bits, granularity) },
+    );
+    let scaled = (integers, strategies::all_scale_formats(40))
+        .prop_map(|(scheme, scale_format)| QuantScheme { scale_format, ..scheme });
+    prop_oneof![3 => scaled, 2 => strategies::level_schemes(70)]
 }
 
 /// Those that kernels know beside weights of this scheme. At the static scale a part of the inputs
@@ -96,6 +97,8 @@ fn activation(scheme: QuantScheme, k: usize) -> impl Strategy<Value = Option<Act
     let with = |dtype, scales| Some(ActivationScheme { dtype, scales });
     let int8 = move |scales| with(ActivationType::Int8, scales);
     let uint8 = move |scales| with(ActivationType::UInt8, scales);
+    let integer_levels = scheme.dtype.integer_levels().is_some();
+    let real_zeros = matches!(scheme.zero, ZeroFormat::Real(_) | ZeroFormat::Offset(_));
     // One of the two groups divides the other, or there is one of them.
     let weights = scheme.granularity.block(1, k).1;
     let group = (1..70_usize).prop_map(move |group| match group / weights {
@@ -114,6 +117,12 @@ fn activation(scheme: QuantScheme, k: usize) -> impl Strategy<Value = Option<Act
         1 => any::<u8>().prop_map(move |zero_point| uint8(Static { scale: 0.0002, zero_point })),
         1 => group.prop_map(move |group| uint8(PerTokenGroup(group))),
     ]
+    .prop_map(move |scheme: Option<ActivationScheme>| {
+        let known = |scheme: &ActivationScheme| {
+            integer_levels && !(real_zeros && crate::packed::has_zeros_or_groups(*scheme))
+        };
+        scheme.filter(known)
+    })
 }
 
 proptest! {
@@ -454,14 +463,13 @@ fn what_no_kernel_computes_yet_is_an_error_when_it_is_packed() {
     let w = Family::Normal.matrix(4, 8, 1);
     let quantize = |scheme| QLinear::new(QMatrix::quantize(w.as_ref(), scheme).unwrap());
     let plain = quantize(QuantScheme::symmetric(8, Granularity::PerChannel));
-    let offset = ZeroFormat::Offset(lowbit_core::ScaleFormat::F16);
-    let offset =
-        quantize(QuantScheme { zero: offset, ..QuantScheme::affine(4, Granularity::PerChannel) });
+    let fp8 = quantize(presets::fp8(Format::F8E4M3, Granularity::PerChannel).0)
+        .with_activation(Some(ActivationScheme::INT8_PER_TOKEN));
     let with =
         |dtype, scales| plain.clone().with_activation(Some(ActivationScheme { dtype, scales }));
     let outliers = |layer: QLinear| layer.with_outliers(Some(Outliers::Threshold(6.0))).unwrap();
     for layer in [
-        offset,
+        fp8,
         with(ActivationType::Int16, ActivationScales::PerToken),
         quantize(QuantScheme::symmetric(8, Granularity::PerGroup(4))).with_activation(Some(
             ActivationScheme {

@@ -2,84 +2,14 @@
 
 use std::hint::black_box;
 
-use crate::roofline::Peak;
-
-/// Output features of a panel. Two vectors of AVX-512, four of AVX2.
-pub(crate) const NR: usize = 32;
+use crate::{
+    panel::{Float, Meaning, NR, Panel, Zeros, part},
+    roofline::Peak,
+    storage::{Bits3, Bits5, Bits6, Bytes, Codes, Crumbs, Nibbles, Storage},
+};
 
 /// Rows of activations that a kernel is given at most; it takes them in tiles of its own height `R`.
 pub(crate) const MR: usize = 32;
-
-/// How a panel holds its codes.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Storage {
-    /// A byte each, for 5 to 8 bits. A step is 4 input features.
-    Bytes,
-    /// Two to a byte, for 1 to 4 bits. A step is 8 input features: byte `j` of a row's four holds
-    /// feature `j` in its low and feature `4 + j` in its high half.
-    Nibbles,
-}
-
-impl Storage {
-    /// Input features whose codes fill the four bytes that a row has in a step.
-    pub(crate) const fn k_per_step(self) -> usize {
-        match self {
-            Self::Bytes => 4,
-            Self::Nibbles => 8,
-        }
-    }
-
-    /// Steps of a group of `group_size`, the last one padded.
-    pub(crate) const fn steps_of_group(self, group_size: usize) -> usize {
-        group_size.div_ceil(self.k_per_step())
-    }
-
-    /// Steps of a row of `k` in groups of `group_size`, the last group short or not.
-    pub(crate) const fn steps(self, group_size: usize, k: usize) -> usize {
-        k / group_size * self.steps_of_group(group_size) + self.steps_of_group(k % group_size)
-    }
-
-    /// Step, byte and shift of the `j`th code of a group.
-    pub(crate) const fn place(self, j: usize) -> (usize, usize, u32) {
-        let within = j % self.k_per_step();
-        (j / self.k_per_step(), within % 4, if within < 4 { 0 } else { 4 })
-    }
-}
-
-/// The packed weights of [`NR`] output features.
-pub(crate) struct Panel<'a> {
-    /// `[steps of all groups][NR][4]`
-    pub(crate) codes: &'a [u8],
-    /// `[groups][NR]`
-    pub(crate) scales: &'a [[f32; NR]],
-    /// `[groups][NR]`
-    pub(crate) zeros: &'a [[u8; NR]],
-    /// `Σ (code − zero)`, `[groups][NR]`; empty unless activations have zeros, or scales for each group.
-    pub(crate) sums: &'a [[i32; NR]],
-    /// Do totals become the bits of the integer sums of the only group? The panel has sums then.
-    pub(crate) exact: bool,
-    pub(crate) storage: Storage,
-    /// Steps of a full group.
-    pub(crate) steps: usize,
-    /// Codes that a later call reads, to be fetched into L2 meanwhile.
-    pub(crate) next: &'a [u8],
-}
-
-impl Panel<'_> {
-    /// Input features of a full group, padded to whole steps.
-    #[inline(always)]
-    pub(crate) fn padded_group(&self) -> usize {
-        self.steps * self.storage.k_per_step()
-    }
-
-    /// The codes of group `g`; the last group may be shorter.
-    #[inline(always)]
-    pub(crate) fn codes_of(&self, g: usize) -> &[u8] {
-        let full = self.steps * 4 * NR;
-        let rest = &self.codes[g * full..];
-        &rest[..if rest.len() < full { rest.len() } else { full }]
-    }
-}
 
 /// One row of int8 activations, each group padded with zeros to whole steps.
 #[derive(Clone, Copy, Default)]
@@ -100,6 +30,8 @@ pub(crate) struct Int8Row<'a> {
 pub(crate) trait Isa<const L: usize>: Copy {
     type I32: Copy;
     type F32: Copy;
+    /// Sixteen numbers to choose from.
+    type Levels: Copy;
 
     /// What [`dot_bytes`](Self::dot_bytes) subtracts from each code.
     const BYTES_OFFSET: i32;
@@ -107,19 +39,41 @@ pub(crate) trait Isa<const L: usize>: Copy {
     fn zero_i32(self) -> Self::I32;
     fn zero_f32(self) -> Self::F32;
     fn load_codes(self, codes: &[[u8; 4]; L]) -> Self::I32;
-    /// `zeros − offset`
-    fn load_zeros(self, zeros: &[u8; L], offset: i32) -> Self::I32;
+    fn load_u8(self, x: &[u8; L]) -> Self::I32;
+    fn load_u16(self, x: &[u16; L]) -> Self::I32;
     fn load_i32(self, x: &[i32; L]) -> Self::I32;
     fn load_f32(self, x: &[f32; L]) -> Self::F32;
+    fn store_codes(self, x: Self::I32, to: &mut [[u8; 4]; L]);
     fn store_f32(self, x: Self::F32, to: &mut [f32; L]);
     fn splat_a(self, a: [i8; 4]) -> Self::I32;
+    fn splat_i32(self, x: i32) -> Self::I32;
     fn splat_f32(self, x: f32) -> Self::F32;
 
-    /// The low and the high halves of all bytes.
-    fn nibbles(self, codes: Self::I32) -> (Self::I32, Self::I32);
+    /// Finite numbers of 16 bits.
+    #[inline(always)]
+    fn load_f16(self, x: &[u16; L]) -> Self::F32 {
+        let bits = self.load_u16(x);
+        let magnitude = self.shl(self.and(bits, self.splat_i32(0x7fff)), 13);
+        let sign = self.shl(self.and(bits, self.splat_i32(0x8000)), 16);
+        // 2^(127 − 15), exactly: subnormal numbers too.
+        let scale = self.splat_f32(f32::from_bits((254 - 15) << 23));
+        self.mul(self.from_bits(self.or(magnitude, sign)), scale)
+    }
 
-    /// `acc + Σ_{i<4} code_i·a_i` in every lane, exactly. Codes lie in 0..=15, a in −128..=127.
-    fn dot_nibbles(self, acc: Self::I32, codes: Self::I32, a: Self::I32) -> Self::I32;
+    /// `(x >> RIGHT) << LEFT` of every byte, of which one is 0, and the bits of `MASK`.
+    fn field<const RIGHT: u32, const LEFT: u32, const MASK: u8>(self, x: Self::I32) -> Self::I32;
+
+    fn and(self, a: Self::I32, b: Self::I32) -> Self::I32;
+    fn or(self, a: Self::I32, b: Self::I32) -> Self::I32;
+    /// Of every lane, as the next.
+    fn shl(self, x: Self::I32, by: u32) -> Self::I32;
+    /// Zeros come in.
+    fn shr(self, x: Self::I32, by: u32) -> Self::I32;
+    /// `table[code]` of every byte, where codes lie in 0..=15.
+    fn lookup(self, table: &[u8; 16], codes: Self::I32) -> Self::I32;
+
+    /// `acc + Σ_{i<4} code_i·a_i` in every lane, exactly. Codes lie in 0..=127, a in −128..=127.
+    fn dot_small(self, acc: Self::I32, codes: Self::I32, a: Self::I32) -> Self::I32;
 
     /// `acc + Σ_{i<4} (code_i − BYTES_OFFSET)·a_i` in every lane, exactly. Codes lie in 0..=255, a in
     /// −127..=127.
@@ -131,14 +85,18 @@ pub(crate) trait Isa<const L: usize>: Copy {
         self.dot_bytes(acc, codes, a)
     }
 
-    /// `acc − x·by`, modulo 2^32.
+    /// Modulo 2^32, as the next two.
+    fn add_i32(self, a: Self::I32, b: Self::I32) -> Self::I32;
+    fn sub_i32(self, a: Self::I32, b: Self::I32) -> Self::I32;
+    /// `acc − x·by`
     fn sub_mul(self, acc: Self::I32, x: Self::I32, by: i32) -> Self::I32;
 
-    /// `f32((codes >> shift) & mask)`
-    fn level<const SHIFT: u32, const MASK: i32>(self, codes: Self::I32) -> Self::F32;
+    fn levels(self, levels: &[f32; 16]) -> Self::Levels;
+    /// `levels[code]` in every lane, by the lowest four bits.
+    fn level(self, levels: Self::Levels, codes: Self::I32) -> Self::F32;
 
+    fn from_bits(self, x: Self::I32) -> Self::F32;
     fn to_f32(self, x: Self::I32) -> Self::F32;
-    fn reinterpret(self, x: Self::I32) -> Self::F32;
     fn add(self, a: Self::F32, b: Self::F32) -> Self::F32;
     fn mul(self, a: Self::F32, b: Self::F32) -> Self::F32;
     fn sub(self, a: Self::F32, b: Self::F32) -> Self::F32;
@@ -147,13 +105,28 @@ pub(crate) trait Isa<const L: usize>: Copy {
     fn mul_add(self, acc: Self::F32, a: Self::F32, b: Self::F32) -> Self::F32;
 }
 
-/// `out[row] = Σ_groups Σ (code − zero)·a · scale` for one panel and up to [`MR`] rows, every product
+/// What the codes of [`int8_rows`] are, known to the compiler.
+mod product {
+    /// Below 128, multiplied as they are.
+    pub(super) const SMALL: u8 = 0;
+    /// Bytes.
+    pub(super) const BYTES: u8 = 1;
+    /// Bytes, by activations of −128 too.
+    pub(super) const BYTES_BY_ANY: u8 = 2;
+    /// Looked up in a table of bytes.
+    pub(super) const TABLE: u8 = 3;
+    /// Looked up in two tables, of low and of high bytes.
+    pub(super) const TWO_TABLES: u8 = 4;
+}
+
+/// `out[row] = Σ_groups Σ (level − zero)·a · scale` for one panel and up to [`MR`] rows, every product
 /// and sum of f32 rounded on its own. With a panel that has sums,
-/// `out[row] = Σ_groups Σ (code − zero)·(a − row's zero) · scale · row's scale`.
+/// `out[row] = Σ_groups Σ (level − zero)·(a − row's zero) · scale · row's scale`.
 ///
 /// Tiles have `R` rows by `NV` vectors, as many as there are registers for; `H` of them side by side
 /// make a panel. Rows that are left over make tiles of `R2` and of `R3`, and the last ones go one by
-/// one, with all `PANEL` vectors of a panel.
+/// one, by `NV1` vectors, `H1` times. Codes that have to be unpacked first are meant for a few rows:
+/// for more, [`widen`] them.
 #[inline(always)]
 pub(crate) fn int8<
     V: Isa<L>,
@@ -162,7 +135,8 @@ pub(crate) fn int8<
     const R3: usize,
     const H: usize,
     const NV: usize,
-    const PANEL: usize,
+    const H1: usize,
+    const NV1: usize,
     const L: usize,
 >(
     isa: V,
@@ -170,17 +144,34 @@ pub(crate) fn int8<
     rows: &[Int8Row<'_>],
     out: &mut [[f32; NR]],
 ) {
-    if panel.sums.is_empty() {
-        let (rows, out) = int8_tiles::<V, R, H, NV, L, false>(isa, panel, rows, out);
-        let (rows, out) = int8_tiles::<V, R2, H, NV, L, false>(isa, panel, rows, out);
-        let (rows, out) = int8_tiles::<V, R3, H, NV, L, false>(isa, panel, rows, out);
-        int8_tiles::<V, 1, 1, PANEL, L, false>(isa, panel, rows, out);
-    } else {
-        let (rows, out) = int8_tiles::<V, R, H, NV, L, true>(isa, panel, rows, out);
-        let (rows, out) = int8_tiles::<V, R2, H, NV, L, true>(isa, panel, rows, out);
-        let (rows, out) = int8_tiles::<V, R3, H, NV, L, true>(isa, panel, rows, out);
-        int8_tiles::<V, 1, 1, PANEL, L, true>(isa, panel, rows, out);
+    macro_rules! tiles {
+        ($codes:ty, $w:literal, $q:literal, $product:expr, $($height:ident),*) => {{
+            const PRODUCT: u8 = $product;
+            $(let (rows, out) =
+                int8_tiles::<V, $codes, $w, $q, PRODUCT, $height, H, NV, L>(isa, panel, rows, out);)*
+            int8_tiles::<V, $codes, $w, $q, PRODUCT, 1, H1, NV1, L>(isa, panel, rows, out);
+        }};
     }
+    use product::*;
+    match (panel.storage, panel.meaning) {
+        (Storage::Bytes, Meaning::Int) if panel.sums.is_empty() => {
+            tiles!(Bytes, 1, 1, BYTES, R, R2, R3);
+        }
+        (Storage::Bytes, Meaning::Int) => tiles!(Bytes, 1, 1, BYTES_BY_ANY, R3),
+        (Storage::Bits6, _) => tiles!(Bits6, 3, 4, SMALL,),
+        (Storage::Bits5, _) => tiles!(Bits5, 5, 8, SMALL,),
+        (Storage::Nibbles, Meaning::Table(table)) => match table.high {
+            None => tiles!(Nibbles, 1, 2, TABLE, R3),
+            Some(_) => tiles!(Nibbles, 1, 2, TWO_TABLES, R3),
+        },
+        (Storage::Nibbles, _) => tiles!(Nibbles, 1, 2, SMALL, R3),
+        (Storage::Bits3, Meaning::Table(_)) => tiles!(Bits3, 3, 8, TWO_TABLES,),
+        (Storage::Bits3, _) => tiles!(Bits3, 3, 8, SMALL,),
+        (Storage::Crumbs, Meaning::Table(_)) => tiles!(Crumbs, 1, 4, TWO_TABLES,),
+        (Storage::Crumbs, _) => tiles!(Crumbs, 1, 4, SMALL,),
+        // Packing makes none of these.
+        (Storage::Bytes, Meaning::Table(_) | Meaning::Float(_)) => {}
+    };
 }
 
 /// As many tiles of `R` rows as there are; the rows that are left over.
@@ -189,11 +180,14 @@ fn int8_tiles<
     'r,
     'o,
     V: Isa<L>,
+    C: Codes<W, Q>,
+    const W: usize,
+    const Q: usize,
+    const PRODUCT: u8,
     const R: usize,
     const H: usize,
     const NV: usize,
     const L: usize,
-    const AFFINE: bool,
 >(
     isa: V,
     panel: &Panel<'_>,
@@ -202,7 +196,7 @@ fn int8_tiles<
 ) -> (&'r [Int8Row<'r>], &'o mut [[f32; NR]]) {
     let ((full, rest), (full_out, rest_out)) = (rows.as_chunks::<R>(), out.as_chunks_mut::<R>());
     for (rows, out) in full.iter().zip(full_out) {
-        int8_rows::<V, R, H, NV, L, AFFINE>(isa, panel, rows, out);
+        int8_rows::<V, C, W, Q, PRODUCT, R, H, NV, L>(isa, panel, rows, out);
     }
     (rest, rest_out)
 }
@@ -213,86 +207,99 @@ fn int8_tiles<
 #[inline(always)]
 fn int8_rows<
     V: Isa<L>,
+    C: Codes<W, Q>,
+    const W: usize,
+    const Q: usize,
+    const PRODUCT: u8,
     const R: usize,
     const H: usize,
     const NV: usize,
     const L: usize,
-    const AFFINE: bool,
 >(
     isa: V,
     panel: &Panel<'_>,
     rows: &[Int8Row<'_>; R],
     out: &mut [[f32; NR]; R],
 ) {
+    const NO_TABLE: [u8; 16] = [0; 16];
+    let (low_table, high_table) = match panel.meaning {
+        Meaning::Table(table) => (&table.low, table.high.as_ref().unwrap_or(&NO_TABLE)),
+        _ => (&NO_TABLE, &NO_TABLE),
+    };
+    // What the products below have subtracted from each level.
+    let offset = match PRODUCT {
+        product::SMALL => 0,
+        product::TWO_TABLES => 257 * V::BYTES_OFFSET,
+        _ => V::BYTES_OFFSET,
+    };
     for h in 0..H {
         let mut total = [[isa.zero_f32(); NV]; R];
-        for g in 0..panel.scales.len() {
-            let codes: &[[[[[u8; 4]; L]; NV]; H]] = bytemuck::cast_slice(panel.codes_of(g));
+        for g in 0..panel.groups {
+            let codes: &[[[[[[u8; 4]; L]; NV]; H]; W]] = bytemuck::cast_slice(panel.codes_of(g));
             let (steps, first) = (codes.len(), g * panel.padded_group());
+            let mut a: [&[[[i8; 4]; Q]]; R] = [&[]; R];
+            for r in 0..R {
+                a[r] = bytemuck::cast_slice(&rows[r].codes[first..][..steps * 4 * Q]);
+                a[r] = &a[r][..steps];
+            }
             let mut dots = [[isa.zero_i32(); NV]; R];
-            let offset = match panel.storage {
-                Storage::Nibbles => {
-                    let mut a: [&[[[i8; 4]; 2]]; R] = [&[]; R];
-                    for r in 0..R {
-                        a[r] = bytemuck::cast_slice(&rows[r].codes[first..][..steps * 8]);
-                        a[r] = &a[r][..steps];
+            let mut high_dots = [[isa.zero_i32(); NV]; R];
+            for s in 0..steps {
+                let mut quads = [[isa.zero_i32(); Q]; NV];
+                for v in 0..NV {
+                    let mut words = [isa.zero_i32(); W];
+                    for w in 0..W {
+                        words[w] = isa.load_codes(&codes[s][w][h][v]);
                     }
-                    for s in 0..steps {
-                        let mut halves = [(isa.zero_i32(), isa.zero_i32()); NV];
-                        for v in 0..NV {
-                            halves[v] = isa.nibbles(isa.load_codes(&codes[s][h][v]));
+                    quads[v] = C::quads(isa, words);
+                }
+                for q in 0..Q {
+                    let (mut low, mut high) = ([isa.zero_i32(); NV], [isa.zero_i32(); NV]);
+                    for v in 0..NV {
+                        low[v] = match PRODUCT {
+                            product::TABLE | product::TWO_TABLES => {
+                                isa.lookup(low_table, quads[v][q])
+                            }
+                            _ => quads[v][q],
+                        };
+                        if PRODUCT == product::TWO_TABLES {
+                            high[v] = isa.lookup(high_table, quads[v][q]);
                         }
-                        for r in 0..R {
-                            let (low, high) = (isa.splat_a(a[r][s][0]), isa.splat_a(a[r][s][1]));
-                            for v in 0..NV {
-                                let dot = isa.dot_nibbles(dots[r][v], halves[v].0, low);
-                                dots[r][v] = isa.dot_nibbles(dot, halves[v].1, high);
+                    }
+                    for r in 0..R {
+                        let a = isa.splat_a(a[r][s][q]);
+                        for v in 0..NV {
+                            let (dot, low) = (dots[r][v], low[v]);
+                            dots[r][v] = match PRODUCT {
+                                product::SMALL => isa.dot_small(dot, low, a),
+                                product::BYTES => isa.dot_bytes(dot, low, a),
+                                _ => isa.dot_bytes_by_any(dot, low, a),
+                            };
+                            if PRODUCT == product::TWO_TABLES {
+                                high_dots[r][v] = isa.dot_bytes_by_any(high_dots[r][v], high[v], a);
                             }
                         }
                     }
-                    0
                 }
-                Storage::Bytes => {
-                    let mut a: [&[[i8; 4]]; R] = [&[]; R];
-                    for r in 0..R {
-                        a[r] = bytemuck::cast_slice(&rows[r].codes[first..][..steps * 4]);
-                        a[r] = &a[r][..steps];
+            }
+            if PRODUCT == product::TWO_TABLES {
+                for r in 0..R {
+                    for v in 0..NV {
+                        dots[r][v] = isa.add_i32(dots[r][v], isa.shl(high_dots[r][v], 8));
                     }
-                    for s in 0..steps {
-                        let mut loaded = [isa.zero_i32(); NV];
-                        for v in 0..NV {
-                            loaded[v] = isa.load_codes(&codes[s][h][v]);
-                        }
-                        for r in 0..R {
-                            let a = isa.splat_a(a[r][s]);
-                            for v in 0..NV {
-                                dots[r][v] = match AFFINE {
-                                    false => isa.dot_bytes(dots[r][v], loaded[v], a),
-                                    true => isa.dot_bytes_by_any(dots[r][v], loaded[v], a),
-                                };
-                            }
-                        }
-                    }
-                    V::BYTES_OFFSET
                 }
-            };
-            flush_group::<V, R, NV, L, AFFINE>(isa, panel, (g, h, offset), rows, &dots, &mut total);
+            }
+            flush_group(isa, panel, (g, h, offset), rows, &dots, &mut total);
         }
         store(isa, h, &total, out);
     }
 }
 
 /// Adds the integer sums of group `g` to the totals of the `h`th part of a panel. `offset` has been
-/// subtracted from every code. `AFFINE` says whether the panel has sums.
+/// subtracted from every level.
 #[allow(clippy::needless_range_loop, reason = "as in int8_rows")]
 #[inline(always)]
-pub(crate) fn flush_group<
-    V: Isa<L>,
-    const R: usize,
-    const NV: usize,
-    const L: usize,
-    const AFFINE: bool,
->(
+pub(crate) fn flush_group<V: Isa<L>, const R: usize, const NV: usize, const L: usize>(
     isa: V,
     panel: &Panel<'_>,
     (g, h, offset): (usize, usize, i32),
@@ -300,42 +307,58 @@ pub(crate) fn flush_group<
     dots: &[[V::I32; NV]; R],
     total: &mut [[V::F32; NV]; R],
 ) {
-    let scales: &[[[f32; L]; NV]] = bytemuck::cast_slice(&panel.scales[g]);
-    let zeros: &[[[u8; L]; NV]] = bytemuck::cast_slice(&panel.zeros[g]);
+    let unit = isa.splat_f32(panel.unit);
     for v in 0..NV {
-        let scale = isa.load_f32(&scales[h][v]);
-        let zero = isa.load_zeros(&zeros[h][v], offset);
-        for r in 0..R {
-            // The difference fits; dot and zero·sum alone need not, and wrap around consistently.
-            let mut dot = isa.sub_mul(dots[r][v], zero, rows[r].sums[g]);
-            if AFFINE {
-                let sums: &[[[i32; L]; NV]] = bytemuck::cast_slice(&panel.sums[g]);
-                dot = isa.sub_mul(dot, isa.load_i32(&sums[h][v]), rows[r].zeros[g]);
+        let scale = isa.mul(panel.scales.load::<V, NV, L>(isa, g, (h, v)), unit);
+        let zero = match panel.zeros {
+            Zeros::Constant(zero) => isa.splat_i32(zero - offset),
+            Zeros::Bytes(zeros) => {
+                let zeros = isa.load_u8(part::<_, NV, L>(&zeros[g], h, v));
+                isa.sub_i32(zeros, isa.splat_i32(offset))
+            }
+            Zeros::Offset(_) => isa.splat_i32(-offset),
+        };
+        if panel.sums.is_empty() {
+            for r in 0..R {
+                // The difference fits; dot and zero·sum alone need not, and wrap around consistently.
+                let dot = isa.sub_mul(dots[r][v], zero, rows[r].sums[g]);
+                total[r][v] = isa.add(total[r][v], isa.mul(isa.to_f32(dot), scale));
+            }
+        } else {
+            let sums = isa.load_i32(part::<_, NV, L>(&panel.sums[g], h, v));
+            for r in 0..R {
+                let dot = isa.sub_mul(dots[r][v], zero, rows[r].sums[g]);
+                let dot = isa.sub_mul(dot, sums, rows[r].zeros[g]);
                 if panel.exact {
-                    total[r][v] = isa.reinterpret(dot);
+                    total[r][v] = isa.from_bits(dot);
                     continue;
                 }
+                let term = isa.mul(isa.to_f32(dot), scale);
+                let term = isa.mul(term, isa.splat_f32(rows[r].scales[g]));
+                total[r][v] = isa.add(total[r][v], term);
             }
-            let mut term = isa.mul(isa.to_f32(dot), scale);
-            if AFFINE {
-                term = isa.mul(term, isa.splat_f32(rows[r].scales[g]));
+        }
+        if let Zeros::Offset(offsets) = panel.zeros {
+            let offset = isa.load_f32(part::<_, NV, L>(&offsets[g], h, v));
+            for r in 0..R {
+                let term = isa.mul(offset, isa.splat_f32(rows[r].sums[g] as f32));
+                total[r][v] = isa.add(total[r][v], term);
             }
-            total[r][v] = isa.add(total[r][v], term);
         }
     }
 }
 
-/// `out[row] = Σ_groups scale·Σ (code − zero)·x` for one panel and up to [`MR`] rows, each group
+/// `out[row] = Σ_groups scale·Σ (level − zero)·x` for one panel and up to [`MR`] rows, each group
 /// of a row padded with zeros to whole steps.
 #[inline(always)]
 pub(crate) fn f32<
     V: Isa<L>,
     const R: usize,
-    const R2: usize,
     const R3: usize,
     const H: usize,
     const NV: usize,
-    const PANEL: usize,
+    const H1: usize,
+    const NV1: usize,
     const L: usize,
 >(
     isa: V,
@@ -343,93 +366,248 @@ pub(crate) fn f32<
     rows: &[&[f32]],
     out: &mut [[f32; NR]],
 ) {
-    let (rows, out) = f32_tiles::<V, R, H, NV, L>(isa, panel, rows, out);
-    let (rows, out) = f32_tiles::<V, R2, H, NV, L>(isa, panel, rows, out);
-    let (rows, out) = f32_tiles::<V, R3, H, NV, L>(isa, panel, rows, out);
-    f32_tiles::<V, 1, 1, PANEL, L>(isa, panel, rows, out);
+    macro_rules! tiles {
+        ($codes:ty, $w:literal, $q:literal, $decode:expr, $($height:ident),*) => {{
+            let decode = $decode;
+            $(let (rows, out) =
+                f32_tiles::<V, $codes, _, $w, $q, $height, H, NV, L>(isa, panel, decode, rows, out);)*
+            f32_tiles::<V, $codes, _, $w, $q, 1, H1, NV1, L>(isa, panel, decode, rows, out);
+        }};
+    }
+    match (panel.storage, panel.meaning) {
+        (Storage::Bytes, Meaning::Int) => tiles!(Bytes, 1, 1, Integer, R, R3),
+        (Storage::Bytes, Meaning::Float(float)) => tiles!(Bytes, 1, 1, *float, R, R3),
+        (Storage::Bytes, Meaning::Table(table)) => {
+            tiles!(Bytes, 1, 1, Looked(isa.levels(&table.levels)), R, R3);
+        }
+        (Storage::Bits6, Meaning::Float(float)) => tiles!(Bits6, 3, 4, *float,),
+        (Storage::Bits5, Meaning::Float(float)) => tiles!(Bits5, 5, 8, *float,),
+        (Storage::Nibbles, Meaning::Table(table)) => {
+            tiles!(Nibbles, 1, 2, Looked(isa.levels(&table.levels)),);
+        }
+        (Storage::Bits3, Meaning::Table(table)) => {
+            tiles!(Bits3, 3, 8, Looked(isa.levels(&table.levels)),);
+        }
+        (Storage::Crumbs, Meaning::Table(table)) => {
+            tiles!(Crumbs, 1, 4, Looked(isa.levels(&table.levels)),);
+        }
+        (Storage::Bits6, _) => tiles!(Bits6, 3, 4, Integer,),
+        (Storage::Bits5, _) => tiles!(Bits5, 5, 8, Integer,),
+        (Storage::Nibbles, _) => tiles!(Nibbles, 1, 2, Integer,),
+        (Storage::Bits3, _) => tiles!(Bits3, 3, 8, Integer,),
+        (Storage::Crumbs, _) => tiles!(Crumbs, 1, 4, Integer,),
+    };
+}
+
+/// How the byte of a code becomes a number.
+trait Decode<V: Isa<L>, const L: usize>: Copy {
+    /// The level of the code in byte `SHIFT / 8` of every lane.
+    fn decode<const SHIFT: u32>(self, isa: V, codes: V::I32) -> V::F32;
+}
+
+#[derive(Clone, Copy)]
+struct Integer;
+
+impl<V: Isa<L>, const L: usize> Decode<V, L> for Integer {
+    #[inline(always)]
+    fn decode<const SHIFT: u32>(self, isa: V, codes: V::I32) -> V::F32 {
+        isa.to_f32(isa.and(isa.shr(codes, SHIFT), isa.splat_i32(255)))
+    }
+}
+
+#[derive(Clone, Copy)]
+struct Looked<T>(T);
+
+impl<V: Isa<L>, const L: usize> Decode<V, L> for Looked<V::Levels> {
+    #[inline(always)]
+    fn decode<const SHIFT: u32>(self, isa: V, codes: V::I32) -> V::F32 {
+        isa.level(self.0, isa.shr(codes, SHIFT))
+    }
+}
+
+impl<V: Isa<L>, const L: usize> Decode<V, L> for Float {
+    #[inline(always)]
+    fn decode<const SHIFT: u32>(self, isa: V, codes: V::I32) -> V::F32 {
+        let code = isa.and(isa.shr(codes, SHIFT), isa.splat_i32(255));
+        let magnitude = isa.shl(isa.and(code, isa.splat_i32(self.magnitude)), self.shift);
+        let sign = isa.and(isa.shl(code, self.sign_shift), isa.splat_i32(i32::MIN));
+        isa.mul(isa.from_bits(isa.or(magnitude, sign)), isa.splat_f32(self.scale))
+    }
 }
 
 /// As many tiles of `R` rows as there are; the rows that are left over.
 #[inline(always)]
-fn f32_tiles<'r, 'o, V: Isa<L>, const R: usize, const H: usize, const NV: usize, const L: usize>(
+fn f32_tiles<
+    'r,
+    'o,
+    V: Isa<L>,
+    C: Codes<W, Q>,
+    D: Decode<V, L>,
+    const W: usize,
+    const Q: usize,
+    const R: usize,
+    const H: usize,
+    const NV: usize,
+    const L: usize,
+>(
     isa: V,
     panel: &Panel<'_>,
+    decode: D,
     rows: &'r [&'r [f32]],
     out: &'o mut [[f32; NR]],
 ) -> (&'r [&'r [f32]], &'o mut [[f32; NR]]) {
     let ((full, rest), (full_out, rest_out)) = (rows.as_chunks::<R>(), out.as_chunks_mut::<R>());
     for (rows, out) in full.iter().zip(full_out) {
-        f32_rows::<V, R, H, NV, L>(isa, panel, rows, out);
+        f32_rows::<V, C, D, W, Q, R, H, NV, L>(isa, panel, decode, rows, out);
     }
     (rest, rest_out)
 }
 
 #[allow(clippy::needless_range_loop, reason = "as in int8_rows")]
 #[inline(always)]
-fn f32_rows<V: Isa<L>, const R: usize, const H: usize, const NV: usize, const L: usize>(
+fn f32_rows<
+    V: Isa<L>,
+    C: Codes<W, Q>,
+    D: Decode<V, L>,
+    const W: usize,
+    const Q: usize,
+    const R: usize,
+    const H: usize,
+    const NV: usize,
+    const L: usize,
+>(
     isa: V,
     panel: &Panel<'_>,
+    decode: D,
     rows: &[&[f32]; R],
     out: &mut [[f32; NR]; R],
 ) {
     for h in 0..H {
         let mut total = [[isa.zero_f32(); NV]; R];
-        for g in 0..panel.scales.len() {
-            let codes: &[[[[[u8; 4]; L]; NV]; H]] = bytemuck::cast_slice(panel.codes_of(g));
-            let scales: &[[[f32; L]; NV]] = bytemuck::cast_slice(&panel.scales[g]);
-            let zeros: &[[[u8; L]; NV]] = bytemuck::cast_slice(&panel.zeros[g]);
+        for g in 0..panel.groups {
+            let codes: &[[[[[[u8; 4]; L]; NV]; H]; W]] = bytemuck::cast_slice(panel.codes_of(g));
             let (steps, first) = (codes.len(), g * panel.padded_group());
             let mut zero = [isa.zero_f32(); NV];
             for v in 0..NV {
-                zero[v] = isa.to_f32(isa.load_zeros(&zeros[h][v], 0));
+                zero[v] = match panel.zeros {
+                    Zeros::Constant(x) => isa.splat_f32(x as f32),
+                    Zeros::Bytes(x) => isa.to_f32(isa.load_u8(part::<_, NV, L>(&x[g], h, v))),
+                    Zeros::Offset(_) => isa.zero_f32(),
+                };
+            }
+            let mut x: [&[[[f32; 4]; Q]]; R] = [&[]; R];
+            for r in 0..R {
+                x[r] = bytemuck::cast_slice(&rows[r][first..][..steps * 4 * Q]);
+                x[r] = &x[r][..steps];
             }
             let mut sums = [[isa.zero_f32(); NV]; R];
             // One output feature is one lane and adds from left to right, whatever R and NV are.
-            macro_rules! steps_of {
-                ($k:literal features, $($j:literal: $shift:literal, $mask:literal;)*) => {
-                    let mut x: [&[[f32; $k]]; R] = [&[]; R];
-                    for r in 0..R {
-                        x[r] = bytemuck::cast_slice(&rows[r][first..][..steps * $k]);
-                        x[r] = &x[r][..steps];
+            for s in 0..steps {
+                let mut quads = [[isa.zero_i32(); Q]; NV];
+                for v in 0..NV {
+                    let mut words = [isa.zero_i32(); W];
+                    for w in 0..W {
+                        words[w] = isa.load_codes(&codes[s][w][h][v]);
                     }
-                    for s in 0..steps {
-                        let mut loaded = [isa.zero_i32(); NV];
-                        for v in 0..NV {
-                            loaded[v] = isa.load_codes(&codes[s][h][v]);
-                        }
-                        $(
+                    quads[v] = C::quads(isa, words);
+                }
+                for q in 0..Q {
+                    macro_rules! feature {
+                        ($j:literal, $shift:literal) => {
                             let mut levels = [isa.zero_f32(); NV];
                             for v in 0..NV {
-                                let level = isa.level::<$shift, $mask>(loaded[v]);
+                                let level = decode.decode::<$shift>(isa, quads[v][q]);
                                 levels[v] = isa.sub(level, zero[v]);
                             }
                             for r in 0..R {
-                                let x = isa.splat_f32(x[r][s][$j]);
+                                let x = isa.splat_f32(x[r][s][q][$j]);
                                 for v in 0..NV {
                                     sums[r][v] = isa.mul_add(sums[r][v], x, levels[v]);
                                 }
                             }
-                        )*
+                        };
                     }
-                };
-            }
-            match panel.storage {
-                Storage::Nibbles => {
-                    steps_of!(8 features, 0: 0, 15; 1: 8, 15; 2: 16, 15; 3: 24, 15;
-                                          4: 4, 15; 5: 12, 15; 6: 20, 15; 7: 28, 15;);
-                }
-                Storage::Bytes => {
-                    steps_of!(4 features, 0: 0, 255; 1: 8, 255; 2: 16, 255; 3: 24, 255;);
+                    feature!(0, 0);
+                    feature!(1, 8);
+                    feature!(2, 16);
+                    feature!(3, 24);
                 }
             }
             for v in 0..NV {
-                let scale = isa.load_f32(&scales[h][v]);
+                let scale = panel.scales.load::<V, NV, L>(isa, g, (h, v));
                 for r in 0..R {
                     total[r][v] = isa.mul_add(total[r][v], sums[r][v], scale);
+                }
+                if let Zeros::Offset(offsets) = panel.zeros {
+                    let offset = isa.load_f32(part::<_, NV, L>(&offsets[g], h, v));
+                    for r in 0..R {
+                        let mut sum = 0.0;
+                        for x in x[r].as_flattened().as_flattened() {
+                            sum += *x;
+                        }
+                        total[r][v] = isa.mul_add(total[r][v], isa.splat_f32(sum), offset);
+                    }
                 }
             }
         }
         store(isa, h, &total, out);
+    }
+}
+
+/// Writes the codes of a panel as those of [`Storage::Bytes`], with the same groups. With `look_up`, what
+/// a table of bytes says of them.
+#[allow(clippy::needless_range_loop, reason = "as in int8_rows")]
+#[inline(always)]
+pub(crate) fn widen<V: Isa<L>, const PANEL: usize, const L: usize>(
+    isa: V,
+    panel: &Panel<'_>,
+    look_up: bool,
+    to: &mut [u8],
+) {
+    match panel.storage {
+        Storage::Bytes => {}
+        Storage::Bits6 => widen_codes::<V, Bits6, 3, 4, PANEL, L>(isa, panel, look_up, to),
+        Storage::Bits5 => widen_codes::<V, Bits5, 5, 8, PANEL, L>(isa, panel, look_up, to),
+        Storage::Nibbles => widen_codes::<V, Nibbles, 1, 2, PANEL, L>(isa, panel, look_up, to),
+        Storage::Bits3 => widen_codes::<V, Bits3, 3, 8, PANEL, L>(isa, panel, look_up, to),
+        Storage::Crumbs => widen_codes::<V, Crumbs, 1, 4, PANEL, L>(isa, panel, look_up, to),
+    }
+}
+
+#[allow(clippy::needless_range_loop, reason = "as in int8_rows")]
+#[inline(always)]
+fn widen_codes<
+    V: Isa<L>,
+    C: Codes<W, Q>,
+    const W: usize,
+    const Q: usize,
+    const PANEL: usize,
+    const L: usize,
+>(
+    isa: V,
+    panel: &Panel<'_>,
+    look_up: bool,
+    to: &mut [u8],
+) {
+    let codes: &[[[[[u8; 4]; L]; PANEL]; W]] = bytemuck::cast_slice(panel.codes);
+    let to: &mut [[[[[u8; 4]; L]; PANEL]; Q]] = bytemuck::cast_slice_mut(to);
+    let steps = if codes.len() < to.len() { codes.len() } else { to.len() };
+    let (codes, to) = (&codes[..steps], &mut to[..steps]);
+    for s in 0..steps {
+        for v in 0..PANEL {
+            let mut words = [isa.zero_i32(); W];
+            for w in 0..W {
+                words[w] = isa.load_codes(&codes[s][w][v]);
+            }
+            let quads = C::quads(isa, words);
+            for q in 0..Q {
+                let codes = match panel.meaning {
+                    Meaning::Table(table) if look_up => isa.lookup(&table.low, quads[q]),
+                    _ => quads[q],
+                };
+                isa.store_codes(codes, &mut to[s][q][v]);
+            }
+        }
     }
 }
 

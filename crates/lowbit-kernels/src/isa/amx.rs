@@ -19,7 +19,7 @@
 //!
 //! The instructions are written by name, since stable Rust has no intrinsics for them.
 
-use core::{arch::asm, arch::x86_64::*, mem::MaybeUninit, ptr::with_exposed_provenance};
+use core::{arch::asm, arch::x86_64::*, ptr::with_exposed_provenance};
 use std::sync::OnceLock;
 
 use super::{
@@ -27,18 +27,22 @@ use super::{
     avx512_vnni::{self, Avx512Vnni},
 };
 use crate::{
+    panel::{NR, Panel},
     roofline::Peak,
-    tile::{self, Int8Row, Isa, MR, NR, Panel, Storage},
+    storage::Storage,
+    tile::{self, Int8Row, Isa, MR},
 };
 
 pub(super) const KERNEL: Kernel = Kernel {
     name: "amx_int8",
     is_available: || (avx512_vnni::KERNEL.is_available)() && has_tiles(),
     rows: MR,
+    direct_rows: 7,
     task_rows: 256, // 1 MiB at 4096 features
     keeps_rows: true,
     int8,
     f32: avx512_vnni::f32,
+    widen: avx512_vnni::widen,
     peak,
 };
 
@@ -50,9 +54,6 @@ const TILE: usize = 16;
 
 /// Bytes of a panel's step, once its codes are bytes.
 const STEP: usize = 4 * NR;
-
-/// Steps of nibbles that are widened to bytes at a time: 32 KiB.
-const WIDENED: usize = 256;
 
 /// Whether the CPU has the instructions and the operating system saves the registers.
 fn has_tiles() -> bool {
@@ -119,40 +120,19 @@ fn ask_permission() -> isize {
 
 #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
 fn int8(panel: &Panel<'_>, rows: &[Int8Row<'_>], out: &mut [[f32; NR]]) {
-    let Some(a) = Activations::new(rows).filter(|a| a.rows >= MIN_ROWS) else {
+    // Other codes are widened first where there are more than a few rows.
+    let bytes = panel.storage == Storage::Bytes;
+    let Some(a) = Activations::new(rows).filter(|a| a.rows >= MIN_ROWS && bytes) else {
         return avx512_vnni::int8(panel, rows, out);
     };
     let isa = Avx512Vnni::new();
     // SAFETY: whoever calls a kernel knows that it is available.
     let mut tiles = unsafe { Tiles::new(panel.next, a.width.div_ceil(4 * TILE)) };
-    let mut widened = [const { MaybeUninit::<[__m512i; 2]>::uninit() }; WIDENED];
     let mut dots = Dots([[0; NR]; MR]);
     out.fill([0.0; NR]);
-    for g in 0..panel.scales.len() {
+    for g in 0..panel.groups {
         let (codes, first) = (panel.codes_of(g), g * panel.padded_group());
-        match panel.storage {
-            Storage::Bytes => tiles.multiply(a, first, codes.as_chunks().0, true, &mut dots),
-            Storage::Nibbles => {
-                let codes: &[[[[u8; 4]; 16]; 2]] = bytemuck::cast_slice(codes);
-                for (i, codes) in codes.chunks(WIDENED / 2).enumerate() {
-                    for s in 0..codes.len() {
-                        let left = isa.nibbles(isa.load_codes(&codes[s][0]));
-                        let right = isa.nibbles(isa.load_codes(&codes[s][1]));
-                        widened[2 * s].write([left.0, right.0]);
-                        widened[2 * s + 1].write([left.1, right.1]);
-                    }
-                    let widened = &widened[..2 * codes.len()];
-                    // SAFETY: just written, two vectors for each step.
-                    let widened = unsafe {
-                        core::slice::from_raw_parts(
-                            widened.as_ptr().cast::<[u8; STEP]>(),
-                            widened.len(),
-                        )
-                    };
-                    tiles.multiply(a, first + i * WIDENED * 4, widened, i == 0, &mut dots);
-                }
-            }
-        }
+        tiles.multiply(a, first, codes.as_chunks().0, &mut dots);
         let part = (g, 0, 0);
         for (r, row) in rows.iter().enumerate() {
             let row = &[*row];
@@ -160,11 +140,7 @@ fn int8(panel: &Panel<'_>, rows: &[Int8Row<'_>], out: &mut [[f32; NR]]) {
             let dots = [[isa.load_i32(&dots[0]), isa.load_i32(&dots[1])]];
             let out: &mut [[f32; 16]; 2] = bytemuck::cast_mut(&mut out[r]);
             let mut total = [[isa.load_f32(&out[0]), isa.load_f32(&out[1])]];
-            if panel.sums.is_empty() {
-                tile::flush_group::<_, 1, 2, 16, false>(isa, panel, part, row, &dots, &mut total);
-            } else {
-                tile::flush_group::<_, 1, 2, 16, true>(isa, panel, part, row, &dots, &mut total);
-            }
+            tile::flush_group(isa, panel, part, row, &dots, &mut total);
             isa.store_f32(total[0][0], &mut out[0]);
             isa.store_f32(total[0][1], &mut out[1]);
         }
@@ -228,14 +204,13 @@ impl Tiles {
         Self { shape: None, next: next.as_ptr(), lines }
     }
 
-    /// `dots = [dots +] a[.., first..] · codes`; `dots` are added to unless `zeroed`.
+    /// `dots = a[.., first..] · codes`
     #[target_feature(enable = "avx512f")]
     fn multiply(
         &mut self,
         a: Activations,
         first: usize,
         codes: &[[u8; STEP]],
-        zeroed: bool,
         dots: &mut Dots,
     ) {
         assert!(a.rows <= MR && first + 4 * codes.len() <= a.width, "rows of another width");
@@ -244,10 +219,10 @@ impl Tiles {
         // SAFETY: by the assertion, every row has four activations for each step.
         unsafe {
             if !full.is_empty() {
-                self.block(a, first, full.as_ptr().cast(), (TILE, full.len()), zeroed, dots);
+                self.block(a, first, full.as_ptr().cast(), (TILE, full.len()), true, dots);
             }
             if !rest.is_empty() {
-                let zeroed = zeroed && full.is_empty();
+                let zeroed = full.is_empty();
                 self.block(a, middle, rest.as_ptr().cast(), (rest.len(), 1), zeroed, dots);
             }
         }
@@ -421,6 +396,7 @@ fn peak(peak: Peak, rounds: u64) -> f64 {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::panel::{Meaning, Scales, Zeros};
 
     #[test]
     fn the_operating_system_is_asked_once_the_cpu_has_tiles_and_may_refuse() {
@@ -441,12 +417,15 @@ mod tests {
         let row = Int8Row { codes: &activations, sums: &[-84], ..Int8Row::default() };
         let panel = Panel {
             codes: &codes,
-            scales: &[[0.5; NR]],
-            zeros: &[[1; NR]],
-            sums: &[],
-            exact: false,
             storage: Storage::Bytes,
             steps: 3,
+            groups: 1,
+            meaning: &Meaning::Int,
+            unit: 1.0,
+            scales: Scales::F32(&[[0.5; NR]]),
+            zeros: Zeros::Constant(1),
+            sums: &[],
+            exact: false,
             next: &[],
         };
         let mut out = [[0.0; NR]; 20];

@@ -4,18 +4,21 @@ use core::arch::x86_64::*;
 
 use super::Kernel;
 use crate::{
+    panel::{NR, Panel},
     roofline::Peak,
-    tile::{self, Int8Row, Isa, NR, Panel},
+    tile::{self, Int8Row, Isa},
 };
 
 pub(super) const AVX_VNNI: Kernel = Kernel {
     name: "avx_vnni",
     is_available: || (AVX2.is_available)() && is_x86_feature_detected!("avxvnni"),
     rows: 24,
+    direct_rows: 4,
     task_rows: 72,
     keeps_rows: false,
     int8: int8_vnni,
     f32,
+    widen,
     peak: peak_vnni,
 };
 
@@ -23,26 +26,33 @@ pub(super) const AVX2: Kernel = Kernel {
     name: "avx2",
     is_available: || is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma"),
     rows: 24,
+    direct_rows: 4,
     task_rows: 72,
     keeps_rows: false,
     int8,
     f32,
+    widen,
     peak,
 };
 
 #[target_feature(enable = "avx2,fma,avxvnni")]
 fn int8_vnni(panel: &Panel<'_>, rows: &[Int8Row<'_>], out: &mut [[f32; NR]]) {
-    tile::int8::<_, 6, 4, 2, 2, 2, 4, 8>(Avx::<true>::with_vnni(), panel, rows, out);
+    tile::int8::<_, 6, 4, 2, 2, 2, 1, 4, 8>(Avx::<true>::with_vnni(), panel, rows, out);
 }
 
 #[target_feature(enable = "avx2,fma")]
 fn int8(panel: &Panel<'_>, rows: &[Int8Row<'_>], out: &mut [[f32; NR]]) {
-    tile::int8::<_, 4, 3, 2, 2, 2, 4, 8>(Avx::<false>::new(), panel, rows, out);
+    tile::int8::<_, 4, 3, 2, 2, 2, 1, 4, 8>(Avx::<false>::new(), panel, rows, out);
 }
 
 #[target_feature(enable = "avx2,fma")]
 fn f32(panel: &Panel<'_>, rows: &[&[f32]], out: &mut [[f32; NR]]) {
-    tile::f32::<_, 4, 3, 2, 2, 2, 4, 8>(Avx::<false>::new(), panel, rows, out);
+    tile::f32::<_, 4, 2, 2, 2, 1, 4, 8>(Avx::<false>::new(), panel, rows, out);
+}
+
+#[target_feature(enable = "avx2,fma")]
+fn widen(panel: &Panel<'_>, look_up: bool, to: &mut [u8]) {
+    tile::widen::<_, 4, 8>(Avx::<false>::new(), panel, look_up, to);
 }
 
 #[target_feature(enable = "avx2,fma,avxvnni")]
@@ -79,6 +89,7 @@ impl Avx<true> {
 impl<const VNNI: bool> Isa<8> for Avx<VNNI> {
     type I32 = __m256i;
     type F32 = __m256;
+    type Levels = [__m256; 2];
 
     /// With VNNI, `vpdpbusd` multiplies unsigned by signed bytes and adds without an intermediate.
     ///
@@ -106,12 +117,15 @@ impl<const VNNI: bool> Isa<8> for Avx<VNNI> {
     }
 
     #[inline(always)]
-    fn load_zeros(self, zeros: &[u8; 8], offset: i32) -> __m256i {
+    fn load_u8(self, x: &[u8; 8]) -> __m256i {
         // SAFETY: see above.
-        unsafe {
-            let zeros = _mm256_cvtepu8_epi32(_mm_loadl_epi64(zeros.as_ptr().cast()));
-            _mm256_sub_epi32(zeros, _mm256_set1_epi32(offset))
-        }
+        unsafe { _mm256_cvtepu8_epi32(_mm_loadl_epi64(x.as_ptr().cast())) }
+    }
+
+    #[inline(always)]
+    fn load_u16(self, x: &[u16; 8]) -> __m256i {
+        // SAFETY: see above.
+        unsafe { _mm256_cvtepu16_epi32(_mm_loadu_si128(x.as_ptr().cast())) }
     }
 
     #[inline(always)]
@@ -124,6 +138,12 @@ impl<const VNNI: bool> Isa<8> for Avx<VNNI> {
     fn load_f32(self, x: &[f32; 8]) -> __m256 {
         // SAFETY: see above.
         unsafe { _mm256_loadu_ps(x.as_ptr()) }
+    }
+
+    #[inline(always)]
+    fn store_codes(self, x: __m256i, to: &mut [[u8; 4]; 8]) {
+        // SAFETY: see above.
+        unsafe { _mm256_storeu_si256(to.as_mut_ptr().cast(), x) }
     }
 
     #[inline(always)]
@@ -141,28 +161,68 @@ impl<const VNNI: bool> Isa<8> for Avx<VNNI> {
     }
 
     #[inline(always)]
+    fn splat_i32(self, x: i32) -> __m256i {
+        // SAFETY: see above.
+        unsafe { _mm256_set1_epi32(x) }
+    }
+
+    #[inline(always)]
     fn splat_f32(self, x: f32) -> __m256 {
         // SAFETY: see above.
         unsafe { _mm256_set1_ps(x) }
     }
 
     #[inline(always)]
-    fn nibbles(self, codes: __m256i) -> (__m256i, __m256i) {
+    fn field<const RIGHT: u32, const LEFT: u32, const MASK: u8>(self, x: __m256i) -> __m256i {
         // SAFETY: see above.
         unsafe {
-            let mask = _mm256_set1_epi8(15);
-            (_mm256_and_si256(codes, mask), _mm256_and_si256(_mm256_srli_epi32::<4>(codes), mask))
+            // The counts are constants, so these become the shifts by one.
+            let shifted = self.shl(self.shr(x, RIGHT), LEFT);
+            _mm256_and_si256(shifted, _mm256_set1_epi8(MASK as i8))
         }
     }
 
     #[inline(always)]
-    fn dot_nibbles(self, acc: __m256i, codes: __m256i, a: __m256i) -> __m256i {
+    fn and(self, a: __m256i, b: __m256i) -> __m256i {
+        // SAFETY: see above.
+        unsafe { _mm256_and_si256(a, b) }
+    }
+
+    #[inline(always)]
+    fn or(self, a: __m256i, b: __m256i) -> __m256i {
+        // SAFETY: see above.
+        unsafe { _mm256_or_si256(a, b) }
+    }
+
+    #[inline(always)]
+    fn shl(self, x: __m256i, by: u32) -> __m256i {
+        // SAFETY: see above.
+        unsafe { _mm256_sll_epi32(x, _mm_cvtsi32_si128(by as i32)) }
+    }
+
+    #[inline(always)]
+    fn shr(self, x: __m256i, by: u32) -> __m256i {
+        // SAFETY: see above.
+        unsafe { _mm256_srl_epi32(x, _mm_cvtsi32_si128(by as i32)) }
+    }
+
+    #[inline(always)]
+    fn lookup(self, table: &[u8; 16], codes: __m256i) -> __m256i {
+        // SAFETY: see above.
+        unsafe {
+            let table = _mm256_broadcastsi128_si256(_mm_loadu_si128(table.as_ptr().cast()));
+            _mm256_shuffle_epi8(table, codes)
+        }
+    }
+
+    #[inline(always)]
+    fn dot_small(self, acc: __m256i, codes: __m256i, a: __m256i) -> __m256i {
         // SAFETY: see above.
         unsafe {
             if VNNI {
                 return _mm256_dpbusd_avx_epi32(acc, codes, a);
             }
-            let pairs = _mm256_maddubs_epi16(codes, a); // at most 2·15·128 = 3840
+            let pairs = _mm256_maddubs_epi16(codes, a); // at most 2·127·128 = 32512
             _mm256_add_epi32(acc, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)))
         }
     }
@@ -199,30 +259,50 @@ impl<const VNNI: bool> Isa<8> for Avx<VNNI> {
     }
 
     #[inline(always)]
+    fn add_i32(self, a: __m256i, b: __m256i) -> __m256i {
+        // SAFETY: see above.
+        unsafe { _mm256_add_epi32(a, b) }
+    }
+
+    #[inline(always)]
+    fn sub_i32(self, a: __m256i, b: __m256i) -> __m256i {
+        // SAFETY: see above.
+        unsafe { _mm256_sub_epi32(a, b) }
+    }
+
+    #[inline(always)]
     fn sub_mul(self, acc: __m256i, x: __m256i, by: i32) -> __m256i {
         // SAFETY: see above.
         unsafe { _mm256_sub_epi32(acc, _mm256_mullo_epi32(x, _mm256_set1_epi32(by))) }
     }
 
     #[inline(always)]
-    fn level<const SHIFT: u32, const MASK: i32>(self, codes: __m256i) -> __m256 {
+    fn levels(self, levels: &[f32; 16]) -> [__m256; 2] {
+        let (halves, _) = levels.as_chunks();
+        [self.load_f32(&halves[0]), self.load_f32(&halves[1])]
+    }
+
+    #[inline(always)]
+    fn level(self, levels: [__m256; 2], codes: __m256i) -> __m256 {
         // SAFETY: see above.
         unsafe {
-            let shifted = _mm256_srl_epi32(codes, _mm_cvtsi32_si128(SHIFT as i32));
-            _mm256_cvtepi32_ps(_mm256_and_si256(shifted, _mm256_set1_epi32(MASK)))
+            // The lowest three bits choose within the halves, the sign between them.
+            let low = _mm256_permutevar8x32_ps(levels[0], codes);
+            let high = _mm256_permutevar8x32_ps(levels[1], codes);
+            _mm256_blendv_ps(low, high, self.from_bits(_mm256_slli_epi32::<28>(codes)))
         }
+    }
+
+    #[inline(always)]
+    fn from_bits(self, x: __m256i) -> __m256 {
+        // SAFETY: see above.
+        unsafe { _mm256_castsi256_ps(x) }
     }
 
     #[inline(always)]
     fn to_f32(self, x: __m256i) -> __m256 {
         // SAFETY: see above.
         unsafe { _mm256_cvtepi32_ps(x) }
-    }
-
-    #[inline(always)]
-    fn reinterpret(self, x: __m256i) -> __m256 {
-        // SAFETY: see above.
-        unsafe { _mm256_castsi256_ps(x) }
     }
 
     #[inline(always)]

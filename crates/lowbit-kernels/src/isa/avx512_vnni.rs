@@ -4,8 +4,9 @@ use core::arch::x86_64::*;
 
 use super::Kernel;
 use crate::{
+    panel::{NR, Panel},
     roofline::Peak,
-    tile::{self, Int8Row, Isa, NR, Panel},
+    tile::{self, Int8Row, Isa},
 };
 
 pub(super) const KERNEL: Kernel = Kernel {
@@ -16,21 +17,28 @@ pub(super) const KERNEL: Kernel = Kernel {
             && is_x86_feature_detected!("avx512vnni")
     },
     rows: 24,
+    direct_rows: 8,
     task_rows: 72,
     keeps_rows: false,
     int8,
     f32,
+    widen,
     peak,
 };
 
 #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
 pub(super) fn int8(panel: &Panel<'_>, rows: &[Int8Row<'_>], out: &mut [[f32; NR]]) {
-    tile::int8::<_, 12, 8, 4, 1, 2, 2, 16>(Avx512Vnni::new(), panel, rows, out);
+    tile::int8::<_, 12, 8, 4, 1, 2, 1, 2, 16>(Avx512Vnni::new(), panel, rows, out);
 }
 
 #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
 pub(super) fn f32(panel: &Panel<'_>, rows: &[&[f32]], out: &mut [[f32; NR]]) {
-    tile::f32::<_, 12, 8, 4, 1, 2, 2, 16>(Avx512Vnni::new(), panel, rows, out);
+    tile::f32::<_, 12, 4, 1, 2, 1, 2, 16>(Avx512Vnni::new(), panel, rows, out);
+}
+
+#[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
+pub(super) fn widen(panel: &Panel<'_>, look_up: bool, to: &mut [u8]) {
+    tile::widen::<_, 2, 16>(Avx512Vnni::new(), panel, look_up, to);
 }
 
 #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
@@ -54,6 +62,7 @@ impl Avx512Vnni {
 impl Isa<16> for Avx512Vnni {
     type I32 = __m512i;
     type F32 = __m512;
+    type Levels = __m512;
 
     /// `vpdpbusd` multiplies unsigned by signed bytes and adds without an intermediate.
     const BYTES_OFFSET: i32 = 0;
@@ -77,12 +86,21 @@ impl Isa<16> for Avx512Vnni {
     }
 
     #[inline(always)]
-    fn load_zeros(self, zeros: &[u8; 16], offset: i32) -> __m512i {
+    fn load_u8(self, x: &[u8; 16]) -> __m512i {
         // SAFETY: see above.
-        unsafe {
-            let zeros = _mm512_cvtepu8_epi32(_mm_loadu_si128(zeros.as_ptr().cast()));
-            _mm512_sub_epi32(zeros, _mm512_set1_epi32(offset))
-        }
+        unsafe { _mm512_cvtepu8_epi32(_mm_loadu_si128(x.as_ptr().cast())) }
+    }
+
+    #[inline(always)]
+    fn load_u16(self, x: &[u16; 16]) -> __m512i {
+        // SAFETY: see above.
+        unsafe { _mm512_cvtepu16_epi32(_mm256_loadu_si256(x.as_ptr().cast())) }
+    }
+
+    #[inline(always)]
+    fn load_f16(self, x: &[u16; 16]) -> __m512 {
+        // SAFETY: see above.
+        unsafe { _mm512_cvtph_ps(_mm256_loadu_si256(x.as_ptr().cast())) }
     }
 
     #[inline(always)]
@@ -95,6 +113,12 @@ impl Isa<16> for Avx512Vnni {
     fn load_f32(self, x: &[f32; 16]) -> __m512 {
         // SAFETY: see above.
         unsafe { _mm512_loadu_ps(x.as_ptr()) }
+    }
+
+    #[inline(always)]
+    fn store_codes(self, x: __m512i, to: &mut [[u8; 4]; 16]) {
+        // SAFETY: see above.
+        unsafe { _mm512_storeu_si512(to.as_mut_ptr().cast(), x) }
     }
 
     #[inline(always)]
@@ -112,22 +136,61 @@ impl Isa<16> for Avx512Vnni {
     }
 
     #[inline(always)]
+    fn splat_i32(self, x: i32) -> __m512i {
+        // SAFETY: see above.
+        unsafe { _mm512_set1_epi32(x) }
+    }
+
+    #[inline(always)]
     fn splat_f32(self, x: f32) -> __m512 {
         // SAFETY: see above.
         unsafe { _mm512_set1_ps(x) }
     }
 
     #[inline(always)]
-    fn nibbles(self, codes: __m512i) -> (__m512i, __m512i) {
+    fn field<const RIGHT: u32, const LEFT: u32, const MASK: u8>(self, x: __m512i) -> __m512i {
         // SAFETY: see above.
         unsafe {
-            let mask = _mm512_set1_epi8(15);
-            (_mm512_and_si512(codes, mask), _mm512_and_si512(_mm512_srli_epi32::<4>(codes), mask))
+            let shifted = _mm512_slli_epi32::<LEFT>(_mm512_srli_epi32::<RIGHT>(x));
+            _mm512_and_si512(shifted, _mm512_set1_epi8(MASK as i8))
         }
     }
 
     #[inline(always)]
-    fn dot_nibbles(self, acc: __m512i, codes: __m512i, a: __m512i) -> __m512i {
+    fn and(self, a: __m512i, b: __m512i) -> __m512i {
+        // SAFETY: see above.
+        unsafe { _mm512_and_si512(a, b) }
+    }
+
+    #[inline(always)]
+    fn or(self, a: __m512i, b: __m512i) -> __m512i {
+        // SAFETY: see above.
+        unsafe { _mm512_or_si512(a, b) }
+    }
+
+    #[inline(always)]
+    fn shl(self, x: __m512i, by: u32) -> __m512i {
+        // SAFETY: see above.
+        unsafe { _mm512_sll_epi32(x, _mm_cvtsi32_si128(by as i32)) }
+    }
+
+    #[inline(always)]
+    fn shr(self, x: __m512i, by: u32) -> __m512i {
+        // SAFETY: see above.
+        unsafe { _mm512_srl_epi32(x, _mm_cvtsi32_si128(by as i32)) }
+    }
+
+    #[inline(always)]
+    fn lookup(self, table: &[u8; 16], codes: __m512i) -> __m512i {
+        // SAFETY: see above.
+        unsafe {
+            let table = _mm512_broadcast_i32x4(_mm_loadu_si128(table.as_ptr().cast()));
+            _mm512_shuffle_epi8(table, codes)
+        }
+    }
+
+    #[inline(always)]
+    fn dot_small(self, acc: __m512i, codes: __m512i, a: __m512i) -> __m512i {
         self.dot_bytes(acc, codes, a)
     }
 
@@ -138,30 +201,44 @@ impl Isa<16> for Avx512Vnni {
     }
 
     #[inline(always)]
+    fn add_i32(self, a: __m512i, b: __m512i) -> __m512i {
+        // SAFETY: see above.
+        unsafe { _mm512_add_epi32(a, b) }
+    }
+
+    #[inline(always)]
+    fn sub_i32(self, a: __m512i, b: __m512i) -> __m512i {
+        // SAFETY: see above.
+        unsafe { _mm512_sub_epi32(a, b) }
+    }
+
+    #[inline(always)]
     fn sub_mul(self, acc: __m512i, x: __m512i, by: i32) -> __m512i {
         // SAFETY: see above.
         unsafe { _mm512_sub_epi32(acc, _mm512_mullo_epi32(x, _mm512_set1_epi32(by))) }
     }
 
     #[inline(always)]
-    fn level<const SHIFT: u32, const MASK: i32>(self, codes: __m512i) -> __m512 {
+    fn levels(self, levels: &[f32; 16]) -> __m512 {
+        self.load_f32(levels)
+    }
+
+    #[inline(always)]
+    fn level(self, levels: __m512, codes: __m512i) -> __m512 {
         // SAFETY: see above.
-        unsafe {
-            let shifted = _mm512_srl_epi32(codes, _mm_cvtsi32_si128(SHIFT as i32));
-            _mm512_cvtepi32_ps(_mm512_and_si512(shifted, _mm512_set1_epi32(MASK)))
-        }
+        unsafe { _mm512_permutexvar_ps(codes, levels) }
+    }
+
+    #[inline(always)]
+    fn from_bits(self, x: __m512i) -> __m512 {
+        // SAFETY: see above.
+        unsafe { _mm512_castsi512_ps(x) }
     }
 
     #[inline(always)]
     fn to_f32(self, x: __m512i) -> __m512 {
         // SAFETY: see above.
         unsafe { _mm512_cvtepi32_ps(x) }
-    }
-
-    #[inline(always)]
-    fn reinterpret(self, x: __m512i) -> __m512 {
-        // SAFETY: see above.
-        unsafe { _mm512_castsi512_ps(x) }
     }
 
     #[inline(always)]

@@ -3,8 +3,9 @@
 use lowbit_core::{Error, Result};
 
 use crate::{
+    panel::{NR, Panel},
     roofline::Peak,
-    tile::{Int8Row, NR, Panel},
+    tile::Int8Row,
 };
 
 #[cfg(target_arch = "x86_64")]
@@ -28,6 +29,9 @@ pub(crate) struct Kernel {
     is_available: fn() -> bool,
     /// Rows that a call takes at most, and no more than [`MR`](crate::tile::MR).
     pub(crate) rows: usize,
+    /// Rows up to which codes of less than a byte are unpacked again in each tile of rows; for more, they
+    /// are widened to bytes first.
+    pub(crate) direct_rows: usize,
     /// Rows of a task at most: enough that a panel, once in L2, is used often.
     pub(crate) task_rows: usize,
     /// The next task takes the next panel and the same rows, as many as fit L2, rather than the same
@@ -35,6 +39,8 @@ pub(crate) struct Kernel {
     pub(crate) keeps_rows: bool,
     int8: Int8Tile,
     f32: F32Tile,
+    /// [`tile::widen`](crate::tile::widen)
+    widen: unsafe fn(&Panel<'_>, bool, &mut [u8]),
     /// [`tile::peak`](crate::tile::peak)
     peak: unsafe fn(Peak, u64) -> f64,
 }
@@ -70,6 +76,11 @@ impl Kernel {
     pub(crate) fn f32(&self, panel: &Panel<'_>, rows: &[&[f32]], out: &mut [[f32; NR]]) {
         // SAFETY: as above.
         unsafe { (self.f32)(panel, rows, out) }
+    }
+
+    pub(crate) fn widen(&self, panel: &Panel<'_>, look_up: bool, to: &mut [u8]) {
+        // SAFETY: as above.
+        unsafe { (self.widen)(panel, look_up, to) }
     }
 }
 
@@ -109,7 +120,10 @@ pub(crate) fn named(name: &str) -> Result<&'static Kernel> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::tile::Storage;
+    use crate::{
+        panel::{Meaning, Scales, Zeros},
+        storage::Storage,
+    };
 
     #[test]
     fn a_kernel_is_found_by_its_name_exactly_where_it_runs() {
@@ -127,30 +141,35 @@ mod tests {
     /// Equal products in all bytes of a step: the largest sums that each pair can come into.
     #[test]
     fn every_kernel_multiplies_every_code_by_every_activation() {
-        for (storage, codes) in [(Storage::Bytes, 0..=255_u8), (Storage::Nibbles, 0..=15)] {
-            let codes: Vec<u8> = codes.collect();
+        let storages = [(Storage::Bytes, 255), (Storage::Bits6, 63), (Storage::Nibbles, 15)];
+        for (storage, max_code) in storages {
+            let codes: Vec<u8> = (0..=max_code).collect();
             let k = storage.k_per_step();
-            for (zero, affine) in [0, *codes.last().unwrap()]
-                .into_iter()
-                .flat_map(|zero| [(zero, false), (zero, true)])
+            for (zero, affine) in
+                [0, max_code].into_iter().flat_map(|zero| [(zero, false), (zero, true)])
             {
                 let activations: Vec<i8> = if affine { -128..=127 } else { -127..=127 }.collect();
                 for codes in codes.chunks(NR) {
                     let code = |n: usize| codes[n % codes.len()];
                     let w = |n: usize| i32::from(code(n)) - i32::from(zero);
-                    let bytes: [[u8; 4]; NR] = core::array::from_fn(|n| match storage {
-                        Storage::Bytes => [code(n); 4],
-                        Storage::Nibbles => [code(n) * 17; 4],
-                    });
+                    let mut words = vec![[0; 4]; NR * storage.words()];
+                    for n in 0..NR {
+                        for j in 0..k {
+                            storage.put(code(n), j, &mut words[n..], NR);
+                        }
+                    }
                     let sums = [core::array::from_fn(|n| k as i32 * w(n))];
                     let panel = Panel {
-                        codes: bytes.as_flattened(),
-                        scales: &[[1.0; NR]],
-                        zeros: &[[zero; NR]],
-                        sums: if affine { &sums } else { &[] },
-                        exact: false,
+                        codes: words.as_flattened(),
                         storage,
                         steps: 1,
+                        groups: 1,
+                        meaning: &Meaning::Int,
+                        unit: 1.0,
+                        scales: Scales::F32(&[[1.0; NR]]),
+                        zeros: Zeros::Bytes(&[[zero; NR]]),
+                        sums: if affine { &sums } else { &[] },
+                        exact: false,
                         next: &[],
                     };
                     for activations in activations.chunks(8) {

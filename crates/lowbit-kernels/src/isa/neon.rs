@@ -5,18 +5,21 @@ use std::arch::is_aarch64_feature_detected;
 
 use super::Kernel;
 use crate::{
+    panel::{NR, Panel},
     roofline::Peak,
-    tile::{self, Int8Row, Isa, NR, Panel},
+    tile::{self, Int8Row, Isa},
 };
 
 pub(super) const I8MM: Kernel = Kernel {
     name: "neon_i8mm",
     is_available: || (NEON.is_available)() && is_aarch64_feature_detected!("i8mm"),
     rows: 24,
+    direct_rows: 4,
     task_rows: 72,
     keeps_rows: false,
     int8: int8_i8mm,
     f32,
+    widen,
     peak: peak_i8mm,
 };
 
@@ -24,10 +27,12 @@ pub(super) const DOTPROD: Kernel = Kernel {
     name: "neon_dotprod",
     is_available: || (NEON.is_available)() && is_aarch64_feature_detected!("dotprod"),
     rows: 24,
+    direct_rows: 4,
     task_rows: 72,
     keeps_rows: false,
     int8: int8_dotprod,
     f32,
+    widen,
     peak: peak_dotprod,
 };
 
@@ -35,10 +40,12 @@ pub(super) const NEON: Kernel = Kernel {
     name: "neon",
     is_available: || is_aarch64_feature_detected!("neon"),
     rows: 24,
+    direct_rows: 4,
     task_rows: 72,
     keeps_rows: false,
     int8,
     f32,
+    widen,
     peak,
 };
 
@@ -47,22 +54,27 @@ pub(super) const NEON: Kernel = Kernel {
 
 #[target_feature(enable = "neon,i8mm")]
 fn int8_i8mm(panel: &Panel<'_>, rows: &[Int8Row<'_>], out: &mut [[f32; NR]]) {
-    tile::int8::<_, 4, 3, 2, 2, 4, 8, 4>(Neon::<USDOT>::with_i8mm(), panel, rows, out);
+    tile::int8::<_, 4, 3, 2, 2, 4, 1, 8, 4>(Neon::<USDOT>::with_i8mm(), panel, rows, out);
 }
 
 #[target_feature(enable = "neon,dotprod")]
 fn int8_dotprod(panel: &Panel<'_>, rows: &[Int8Row<'_>], out: &mut [[f32; NR]]) {
-    tile::int8::<_, 4, 3, 2, 2, 4, 8, 4>(Neon::<SDOT>::with_dotprod(), panel, rows, out);
+    tile::int8::<_, 4, 3, 2, 2, 4, 1, 8, 4>(Neon::<SDOT>::with_dotprod(), panel, rows, out);
 }
 
 #[target_feature(enable = "neon")]
 fn int8(panel: &Panel<'_>, rows: &[Int8Row<'_>], out: &mut [[f32; NR]]) {
-    tile::int8::<_, 4, 3, 2, 4, 2, 8, 4>(Neon::<SMULL>::new(), panel, rows, out);
+    tile::int8::<_, 4, 3, 2, 4, 2, 1, 8, 4>(Neon::<SMULL>::new(), panel, rows, out);
 }
 
 #[target_feature(enable = "neon")]
 fn f32(panel: &Panel<'_>, rows: &[&[f32]], out: &mut [[f32; NR]]) {
-    tile::f32::<_, 8, 4, 2, 4, 2, 8, 4>(Neon::<SMULL>::new(), panel, rows, out);
+    tile::f32::<_, 8, 4, 4, 2, 1, 8, 4>(Neon::<SMULL>::new(), panel, rows, out);
+}
+
+#[target_feature(enable = "neon")]
+fn widen(panel: &Panel<'_>, look_up: bool, to: &mut [u8]) {
+    tile::widen::<_, 8, 4>(Neon::<SMULL>::new(), panel, look_up, to);
 }
 
 #[target_feature(enable = "neon,i8mm")]
@@ -147,7 +159,7 @@ fn less_128(codes: int32x4_t) -> int32x4_t {
     vreinterpretq_s32_s8(veorq_s8(vreinterpretq_s8_s32(codes), vdupq_n_s8(i8::MIN)))
 }
 
-/// As [`sdot`], where no `a` is −128 (or codes are nibbles): of `|w| ≤ 128` and `|a| ≤ 127`, two products add up to at most
+/// As [`sdot`], where no `a` is −128 (or no code above 127): two products add up to at most
 /// 2·128·127 = 32512, which fits an i16.
 #[inline]
 #[target_feature(enable = "neon")]
@@ -171,6 +183,7 @@ fn smull_by_any(acc: int32x4_t, w: int32x4_t, a: int32x4_t) -> int32x4_t {
 impl<const DOT: u8> Isa<4> for Neon<DOT> {
     type I32 = int32x4_t;
     type F32 = float32x4_t;
+    type Levels = uint8x16x4_t;
 
     /// `usdot` multiplies unsigned by signed bytes; for the others, codes become signed.
     const BYTES_OFFSET: i32 = if DOT == USDOT { 0 } else { 128 };
@@ -194,13 +207,18 @@ impl<const DOT: u8> Isa<4> for Neon<DOT> {
     }
 
     #[inline(always)]
-    fn load_zeros(self, zeros: &[u8; 4], offset: i32) -> int32x4_t {
+    fn load_u8(self, x: &[u8; 4]) -> int32x4_t {
         // SAFETY: see above.
         unsafe {
-            let zeros = vreinterpret_u8_u32(vdup_n_u32(u32::from_le_bytes(*zeros)));
-            let zeros = vmovl_u16(vget_low_u16(vmovl_u8(zeros)));
-            vsubq_s32(vreinterpretq_s32_u32(zeros), vdupq_n_s32(offset))
+            let x = vreinterpret_u8_u32(vdup_n_u32(u32::from_le_bytes(*x)));
+            vreinterpretq_s32_u32(vmovl_u16(vget_low_u16(vmovl_u8(x))))
         }
+    }
+
+    #[inline(always)]
+    fn load_u16(self, x: &[u16; 4]) -> int32x4_t {
+        // SAFETY: see above.
+        unsafe { vreinterpretq_s32_u32(vmovl_u16(vld1_u16(x.as_ptr()))) }
     }
 
     #[inline(always)]
@@ -216,6 +234,12 @@ impl<const DOT: u8> Isa<4> for Neon<DOT> {
     }
 
     #[inline(always)]
+    fn store_codes(self, x: int32x4_t, to: &mut [[u8; 4]; 4]) {
+        // SAFETY: see above.
+        unsafe { vst1q_u8(to.as_mut_ptr().cast(), vreinterpretq_u8_s32(x)) }
+    }
+
+    #[inline(always)]
     fn store_f32(self, x: float32x4_t, to: &mut [f32; 4]) {
         // SAFETY: see above.
         unsafe { vst1q_f32(to.as_mut_ptr(), x) }
@@ -228,23 +252,66 @@ impl<const DOT: u8> Isa<4> for Neon<DOT> {
     }
 
     #[inline(always)]
+    fn splat_i32(self, x: i32) -> int32x4_t {
+        // SAFETY: see above.
+        unsafe { vdupq_n_s32(x) }
+    }
+
+    #[inline(always)]
     fn splat_f32(self, x: f32) -> float32x4_t {
         // SAFETY: see above.
         unsafe { vdupq_n_f32(x) }
     }
 
     #[inline(always)]
-    fn nibbles(self, codes: int32x4_t) -> (int32x4_t, int32x4_t) {
+    fn field<const RIGHT: u32, const LEFT: u32, const MASK: u8>(self, x: int32x4_t) -> int32x4_t {
         // SAFETY: see above.
         unsafe {
-            let codes = vreinterpretq_u8_s32(codes);
-            let (low, high) = (vandq_u8(codes, vdupq_n_u8(15)), vshrq_n_u8::<4>(codes));
-            (vreinterpretq_s32_u8(low), vreinterpretq_s32_u8(high))
+            // Of bytes; to the left, then as far as the count says, which may be negative.
+            let by = vdupq_n_s8(LEFT as i8 - RIGHT as i8);
+            let shifted = vshlq_u8(vreinterpretq_u8_s32(x), by);
+            vreinterpretq_s32_u8(vandq_u8(shifted, vdupq_n_u8(MASK)))
         }
     }
 
     #[inline(always)]
-    fn dot_nibbles(self, acc: int32x4_t, codes: int32x4_t, a: int32x4_t) -> int32x4_t {
+    fn and(self, a: int32x4_t, b: int32x4_t) -> int32x4_t {
+        // SAFETY: see above.
+        unsafe { vandq_s32(a, b) }
+    }
+
+    #[inline(always)]
+    fn or(self, a: int32x4_t, b: int32x4_t) -> int32x4_t {
+        // SAFETY: see above.
+        unsafe { vorrq_s32(a, b) }
+    }
+
+    #[inline(always)]
+    fn shl(self, x: int32x4_t, by: u32) -> int32x4_t {
+        // SAFETY: see above.
+        unsafe { vshlq_s32(x, vdupq_n_s32(by as i32)) }
+    }
+
+    #[inline(always)]
+    fn shr(self, x: int32x4_t, by: u32) -> int32x4_t {
+        // SAFETY: see above.
+        unsafe {
+            let shifted = vshlq_u32(vreinterpretq_u32_s32(x), vdupq_n_s32(-(by as i32)));
+            vreinterpretq_s32_u32(shifted)
+        }
+    }
+
+    #[inline(always)]
+    fn lookup(self, table: &[u8; 16], codes: int32x4_t) -> int32x4_t {
+        // SAFETY: see above.
+        unsafe {
+            let table = vld1q_u8(table.as_ptr());
+            vreinterpretq_s32_u8(vqtbl1q_u8(table, vreinterpretq_u8_s32(codes)))
+        }
+    }
+
+    #[inline(always)]
+    fn dot_small(self, acc: int32x4_t, codes: int32x4_t, a: int32x4_t) -> int32x4_t {
         // SAFETY: see above.
         unsafe {
             match DOT {
@@ -258,11 +325,11 @@ impl<const DOT: u8> Isa<4> for Neon<DOT> {
     #[inline(always)]
     fn dot_bytes(self, acc: int32x4_t, codes: int32x4_t, a: int32x4_t) -> int32x4_t {
         if DOT == USDOT {
-            return self.dot_nibbles(acc, codes, a);
+            return self.dot_small(acc, codes, a);
         }
         // SAFETY: see above.
         let w = unsafe { less_128(codes) };
-        self.dot_nibbles(acc, w, a)
+        self.dot_small(acc, w, a)
     }
 
     #[inline(always)]
@@ -275,31 +342,51 @@ impl<const DOT: u8> Isa<4> for Neon<DOT> {
     }
 
     #[inline(always)]
+    fn add_i32(self, a: int32x4_t, b: int32x4_t) -> int32x4_t {
+        // SAFETY: see above.
+        unsafe { vaddq_s32(a, b) }
+    }
+
+    #[inline(always)]
+    fn sub_i32(self, a: int32x4_t, b: int32x4_t) -> int32x4_t {
+        // SAFETY: see above.
+        unsafe { vsubq_s32(a, b) }
+    }
+
+    #[inline(always)]
     fn sub_mul(self, acc: int32x4_t, x: int32x4_t, by: i32) -> int32x4_t {
         // SAFETY: see above.
         unsafe { vmlsq_s32(acc, x, vdupq_n_s32(by)) }
     }
 
     #[inline(always)]
-    fn level<const SHIFT: u32, const MASK: i32>(self, codes: int32x4_t) -> float32x4_t {
+    fn levels(self, levels: &[f32; 16]) -> uint8x16x4_t {
+        // SAFETY: see above; sixteen numbers are four vectors.
+        unsafe { vld1q_u8_x4(levels.as_ptr().cast()) }
+    }
+
+    #[inline(always)]
+    fn level(self, levels: uint8x16x4_t, codes: int32x4_t) -> float32x4_t {
         // SAFETY: see above.
         unsafe {
-            let codes = vreinterpretq_u32_s32(codes);
-            let shifted = vshlq_u32(codes, vdupq_n_s32(-(SHIFT as i32))); // to the right
-            vcvtq_f32_u32(vandq_u32(shifted, vdupq_n_u32(MASK as u32)))
+            // The bytes of number c are 4c, 4c + 1, …
+            let codes = vandq_s32(codes, vdupq_n_s32(15));
+            let bytes = vmlaq_s32(vdupq_n_s32(0x0302_0100), codes, vdupq_n_s32(0x0404_0404));
+            let bytes = vreinterpretq_u8_s32(bytes);
+            vreinterpretq_f32_u8(vqtbl4q_u8(levels, bytes))
         }
+    }
+
+    #[inline(always)]
+    fn from_bits(self, x: int32x4_t) -> float32x4_t {
+        // SAFETY: see above.
+        unsafe { vreinterpretq_f32_s32(x) }
     }
 
     #[inline(always)]
     fn to_f32(self, x: int32x4_t) -> float32x4_t {
         // SAFETY: see above.
         unsafe { vcvtq_f32_s32(x) }
-    }
-
-    #[inline(always)]
-    fn reinterpret(self, x: int32x4_t) -> float32x4_t {
-        // SAFETY: see above.
-        unsafe { vreinterpretq_f32_s32(x) }
     }
 
     #[inline(always)]

@@ -7,11 +7,13 @@ pub(super) const KERNEL: Kernel = Kernel {
     name: "scalar",
     is_available: || true,
     rows: 24,
+    direct_rows: 2,
     task_rows: 72,
     keeps_rows: false,
-    int8: |panel, rows, out| tile::int8::<_, 1, 1, 1, 1, 4, 4, 8>(Scalar, panel, rows, out),
+    int8: |panel, rows, out| tile::int8::<_, 1, 1, 1, 4, 1, 4, 1, 8>(Scalar, panel, rows, out),
+    widen: |panel, look_up, to| tile::widen::<_, 4, 8>(Scalar, panel, look_up, to),
     peak: |peak, rounds| tile::peak(Scalar, peak, rounds),
-    f32: |panel, rows, out| tile::f32::<_, 1, 1, 1, 1, 4, 4, 8>(Scalar, panel, rows, out),
+    f32: |panel, rows, out| tile::f32::<_, 1, 1, 4, 1, 4, 1, 8>(Scalar, panel, rows, out),
 };
 
 #[derive(Clone, Copy)]
@@ -29,6 +31,7 @@ fn dot4(acc: [i32; 8], codes: [i32; 8], a: [i32; 8]) -> [i32; 8] {
 impl Isa<8> for Scalar {
     type I32 = [i32; 8];
     type F32 = [f32; 8];
+    type Levels = [f32; 16];
 
     const BYTES_OFFSET: i32 = 0;
 
@@ -44,8 +47,12 @@ impl Isa<8> for Scalar {
         codes.map(i32::from_le_bytes)
     }
 
-    fn load_zeros(self, zeros: &[u8; 8], offset: i32) -> [i32; 8] {
-        zeros.map(|zero| i32::from(zero) - offset)
+    fn load_u8(self, x: &[u8; 8]) -> [i32; 8] {
+        x.map(i32::from)
+    }
+
+    fn load_u16(self, x: &[u16; 8]) -> [i32; 8] {
+        x.map(i32::from)
     }
 
     fn load_i32(self, x: &[i32; 8]) -> [i32; 8] {
@@ -56,6 +63,10 @@ impl Isa<8> for Scalar {
         *x
     }
 
+    fn store_codes(self, x: [i32; 8], to: &mut [[u8; 4]; 8]) {
+        *to = x.map(i32::to_le_bytes);
+    }
+
     fn store_f32(self, x: [f32; 8], to: &mut [f32; 8]) {
         *to = x;
     }
@@ -64,15 +75,40 @@ impl Isa<8> for Scalar {
         [i32::from_le_bytes([a[0] as u8, a[1] as u8, a[2] as u8, a[3] as u8]); 8]
     }
 
+    fn splat_i32(self, x: i32) -> [i32; 8] {
+        [x; 8]
+    }
+
     fn splat_f32(self, x: f32) -> [f32; 8] {
         [x; 8]
     }
 
-    fn nibbles(self, codes: [i32; 8]) -> ([i32; 8], [i32; 8]) {
-        (codes.map(|c| c & 0x0f0f_0f0f), codes.map(|c| c >> 4 & 0x0f0f_0f0f))
+    fn field<const RIGHT: u32, const LEFT: u32, const MASK: u8>(self, x: [i32; 8]) -> [i32; 8] {
+        x.map(|x| i32::from_le_bytes(x.to_le_bytes().map(|byte| byte >> RIGHT << LEFT & MASK)))
     }
 
-    fn dot_nibbles(self, acc: [i32; 8], codes: [i32; 8], a: [i32; 8]) -> [i32; 8] {
+    fn and(self, a: [i32; 8], b: [i32; 8]) -> [i32; 8] {
+        core::array::from_fn(|i| a[i] & b[i])
+    }
+
+    fn or(self, a: [i32; 8], b: [i32; 8]) -> [i32; 8] {
+        core::array::from_fn(|i| a[i] | b[i])
+    }
+
+    fn shl(self, x: [i32; 8], by: u32) -> [i32; 8] {
+        x.map(|x| x << by)
+    }
+
+    fn shr(self, x: [i32; 8], by: u32) -> [i32; 8] {
+        x.map(|x| (x as u32 >> by) as i32)
+    }
+
+    fn lookup(self, table: &[u8; 16], codes: [i32; 8]) -> [i32; 8] {
+        let level = |code: u8| table[usize::from(code & 15)];
+        codes.map(|codes| i32::from_le_bytes(codes.to_le_bytes().map(level)))
+    }
+
+    fn dot_small(self, acc: [i32; 8], codes: [i32; 8], a: [i32; 8]) -> [i32; 8] {
         dot4(acc, codes, a)
     }
 
@@ -80,20 +116,32 @@ impl Isa<8> for Scalar {
         dot4(acc, codes, a)
     }
 
+    fn add_i32(self, a: [i32; 8], b: [i32; 8]) -> [i32; 8] {
+        core::array::from_fn(|i| a[i].wrapping_add(b[i]))
+    }
+
+    fn sub_i32(self, a: [i32; 8], b: [i32; 8]) -> [i32; 8] {
+        core::array::from_fn(|i| a[i].wrapping_sub(b[i]))
+    }
+
     fn sub_mul(self, acc: [i32; 8], x: [i32; 8], by: i32) -> [i32; 8] {
         core::array::from_fn(|i| acc[i].wrapping_sub(x[i].wrapping_mul(by)))
     }
 
-    fn level<const SHIFT: u32, const MASK: i32>(self, codes: [i32; 8]) -> [f32; 8] {
-        codes.map(|c| (c >> SHIFT & MASK) as f32)
+    fn levels(self, levels: &[f32; 16]) -> [f32; 16] {
+        *levels
+    }
+
+    fn level(self, levels: [f32; 16], codes: [i32; 8]) -> [f32; 8] {
+        codes.map(|code| levels[(code & 15) as usize])
+    }
+
+    fn from_bits(self, x: [i32; 8]) -> [f32; 8] {
+        x.map(|x| f32::from_bits(x as u32))
     }
 
     fn to_f32(self, x: [i32; 8]) -> [f32; 8] {
         x.map(|x| x as f32)
-    }
-
-    fn reinterpret(self, x: [i32; 8]) -> [f32; 8] {
-        x.map(|x| f32::from_bits(x as u32))
     }
 
     fn add(self, a: [f32; 8], b: [f32; 8]) -> [f32; 8] {
