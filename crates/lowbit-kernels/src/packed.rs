@@ -448,6 +448,11 @@ pub(crate) fn has_zeros_or_groups(scheme: ActivationScheme) -> bool {
         || matches!(scheme.scales, ActivationScales::PerTokenGroup(_))
 }
 
+/// Are codes of this type integers, or few enough to look integers up?
+pub(crate) fn has_integers(dtype: QuantType) -> bool {
+    matches!(dtype, QuantType::Int { .. }) || dtype.bits() <= 4
+}
+
 /// Refuses what no kernel computes yet; otherwise how many weights a packed group has.
 fn check_supported<S: AsRef<[u8]>>(layer: &QLinear<S>) -> Result<usize> {
     let refuse = |what: String| Err(Error::Unsupported { by: "PackedLinear", what });
@@ -457,6 +462,9 @@ fn check_supported<S: AsRef<[u8]>>(layer: &QLinear<S>) -> Result<usize> {
         Some(Outliers::Threshold(_) | Outliers::Columns(_)) => true,
         Some(other) => return refuse(format!("outliers found by {other:?}")),
     };
+    if features && matches!(weight.scheme().zero, ZeroFormat::Real(_)) {
+        return refuse("outlier features beside real zeros".to_string());
+    }
     let weight_group = weight.block().1;
     let Some(scheme) = layer.activation() else {
         return match features {
@@ -466,7 +474,7 @@ fn check_supported<S: AsRef<[u8]>>(layer: &QLinear<S>) -> Result<usize> {
     };
     scheme.check()?;
     let dtype = weight.scheme().dtype;
-    let Some(levels) = dtype.integer_levels() else {
+    let Some(levels) = dtype.integer_levels().filter(|_| has_integers(dtype)) else {
         return refuse(format!("weights of {dtype:?} beside {:?} activations", scheme.dtype));
     };
     let real_zeros = matches!(weight.scheme().zero, ZeroFormat::Real(_) | ZeroFormat::Offset(_));

@@ -5,8 +5,9 @@ use std::sync::Arc;
 use lowbit_core::testing::{Family, LinearProblem, Promise, strategies};
 use lowbit_core::{
     ActivationScales, ActivationScheme, ActivationType, Adapter, Context, Error, Format,
-    Granularity, Linear, Mat, OutlierColumns, Outliers, QActivations, QLinear, QMatrix, QuantScheme,
-    SparseRows, Transform, ZeroFormat, encode_row_int8, encode_row_uint8, f16, presets,
+    Granularity, Linear, Mat, OutlierColumns, Outliers, QActivations, QLinear, QMatrix,
+    QuantScheme, SparseRows, Transform, ZeroFormat, encode_row_int8, encode_row_uint8, f16,
+    presets,
 };
 use lowbit_dtypes::bf16;
 use proptest::prelude::*;
@@ -97,7 +98,7 @@ fn activation(scheme: QuantScheme, k: usize) -> impl Strategy<Value = Option<Act
     let with = |dtype, scales| Some(ActivationScheme { dtype, scales });
     let int8 = move |scales| with(ActivationType::Int8, scales);
     let uint8 = move |scales| with(ActivationType::UInt8, scales);
-    let integer_levels = scheme.dtype.integer_levels().is_some();
+    let integer_levels = crate::packed::has_integers(scheme.dtype);
     let real_zeros = matches!(scheme.zero, ZeroFormat::Real(_) | ZeroFormat::Offset(_));
     // One of the two groups divides the other, or there is one of them.
     let weights = scheme.granularity.block(1, k).1;
@@ -125,6 +126,14 @@ fn activation(scheme: QuantScheme, k: usize) -> impl Strategy<Value = Option<Act
     })
 }
 
+/// Schemes that kernels know beside every kind of 8-bit activations.
+fn integer_scheme() -> impl Strategy<Value = QuantScheme> {
+    scheme().prop_filter("levels or zeros are real", |scheme| {
+        let real_zeros = matches!(scheme.zero, ZeroFormat::Real(_) | ZeroFormat::Offset(_));
+        crate::packed::has_integers(scheme.dtype) && !real_zeros
+    })
+}
+
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(320))]
 
@@ -149,7 +158,7 @@ proptest! {
     #[test]
     fn outliers_are_added_as_the_reference_does(
         (m, n, k) in (0..5_usize, 0..70_usize, 0..90_usize),
-        scheme in scheme(),
+        scheme in integer_scheme(),
         threshold in prop::sample::select(vec![1e9_f32, 0.05, 0.02, 1e-9]),
         known in prop::collection::btree_set(0..90_usize, 0..30),
         bias in any::<bool>(),
@@ -176,7 +185,7 @@ proptest! {
     #[test]
     fn every_term_of_the_layer_is_computed_as_the_reference_does(
         (m, n, k) in (0..5_usize, 0..70_usize, 0..90_usize),
-        scheme in scheme(),
+        scheme in integer_scheme(),
         order in any::<[bool; 3]>(),
         per_row in 0..4_usize,
         rank in 0..4_usize,
@@ -301,7 +310,7 @@ proptest! {
     #[test]
     fn activations_may_come_in_8_bits(
         (m, n, k) in (1..9_usize, 1..70_usize, 0..150_usize),
-        scheme in scheme(),
+        scheme in integer_scheme(),
         scales in prop_oneof![
             Just(ActivationScales::PerToken),
             Just(ActivationScales::PerTensor),

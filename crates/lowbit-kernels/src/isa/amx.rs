@@ -206,13 +206,7 @@ impl Tiles {
 
     /// `dots = a[.., first..] · codes`
     #[target_feature(enable = "avx512f")]
-    fn multiply(
-        &mut self,
-        a: Activations,
-        first: usize,
-        codes: &[[u8; STEP]],
-        dots: &mut Dots,
-    ) {
+    fn multiply(&mut self, a: Activations, first: usize, codes: &[[u8; STEP]], dots: &mut Dots) {
         assert!(a.rows <= MR && first + 4 * codes.len() <= a.width, "rows of another width");
         let (full, rest) = codes.as_chunks::<TILE>();
         let middle = first + 4 * TILE * full.len();

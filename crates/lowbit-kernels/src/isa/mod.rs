@@ -174,7 +174,7 @@ mod tests {
                     };
                     for activations in activations.chunks(8) {
                         // At one distance from each other, as AMX needs them.
-                        let codes: Vec<_> = activations.iter().map(|&a| [a; 8]).collect();
+                        let codes: Vec<_> = activations.iter().map(|&a| [a; 16]).collect();
                         let sum = |&a: &i8| [k as i32 * i32::from(a)];
                         let sums: Vec<_> = activations.iter().map(sum).collect();
                         let rows: Vec<_> = codes
