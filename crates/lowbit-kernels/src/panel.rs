@@ -188,16 +188,16 @@ impl Scales<'_> {
             Self::F16(scales) => isa.load_f16(part::<_, NV, L>(&scales[g], h, v)),
             Self::Bf16(scales) => {
                 let bits = isa.load_u16(part::<_, NV, L>(&scales[g], h, v));
-                isa.from_bits(isa.shl(bits, 16))
+                isa.reinterpret(isa.shl(bits, 16))
             }
             Self::E8m0(scales) => {
                 let bits = isa.load_u8(part::<_, NV, L>(&scales[g], h, v));
-                isa.from_bits(isa.shl(bits, 23))
+                isa.reinterpret(isa.shl(bits, 23))
             }
             Self::TwoLevel(two) => {
                 let code = isa.load_u8(part::<_, NV, L>(&two.codes[g], h, v));
                 let level = if two.e4m3 {
-                    isa.mul(isa.from_bits(isa.shl(code, 20)), isa.splat_f32(E4M3_SCALE))
+                    isa.mul(isa.reinterpret(isa.shl(code, 20)), isa.splat_f32(E4M3_SCALE))
                 } else {
                     isa.to_f32(isa.sub_i32(code, isa.splat_i32(two.zero)))
                 };

@@ -57,7 +57,7 @@ pub(crate) trait Isa<const L: usize>: Copy {
         let sign = self.shl(self.and(bits, self.splat_i32(0x8000)), 16);
         // 2^(127 − 15), exactly: subnormal numbers too.
         let scale = self.splat_f32(f32::from_bits((254 - 15) << 23));
-        self.mul(self.from_bits(self.or(magnitude, sign)), scale)
+        self.mul(self.reinterpret(self.or(magnitude, sign)), scale)
     }
 
     /// `(x >> RIGHT) << LEFT` of every byte, of which one is 0, and the bits of `MASK`.
@@ -95,7 +95,7 @@ pub(crate) trait Isa<const L: usize>: Copy {
     /// `levels[code]` in every lane, by the lowest four bits.
     fn level(self, levels: Self::Levels, codes: Self::I32) -> Self::F32;
 
-    fn from_bits(self, x: Self::I32) -> Self::F32;
+    fn reinterpret(self, x: Self::I32) -> Self::F32;
     fn to_f32(self, x: Self::I32) -> Self::F32;
     fn add(self, a: Self::F32, b: Self::F32) -> Self::F32;
     fn mul(self, a: Self::F32, b: Self::F32) -> Self::F32;
@@ -104,6 +104,10 @@ pub(crate) trait Isa<const L: usize>: Copy {
     /// `acc + a·b`, fused where the CPU can.
     fn mul_add(self, acc: Self::F32, a: Self::F32, b: Self::F32) -> Self::F32;
 }
+
+/// The codes of a step: words of a panel's rows, in `H` parts of `NV` vectors.
+type Step<const W: usize, const H: usize, const NV: usize, const L: usize> =
+    [[[[[u8; 4]; L]; NV]; H]; W];
 
 /// What the codes of [`int8_rows`] are, known to the compiler.
 mod product {
@@ -235,7 +239,7 @@ fn int8_rows<
     for h in 0..H {
         let mut total = [[isa.zero_f32(); NV]; R];
         for g in 0..panel.groups {
-            let codes: &[[[[[[u8; 4]; L]; NV]; H]; W]] = bytemuck::cast_slice(panel.codes_of(g));
+            let codes: &[Step<W, H, NV, L>] = bytemuck::cast_slice(panel.codes_of(g));
             let (steps, first) = (codes.len(), g * panel.padded_group());
             let mut a: [&[[[i8; 4]; Q]]; R] = [&[]; R];
             for r in 0..R {
@@ -330,7 +334,7 @@ pub(crate) fn flush_group<V: Isa<L>, const R: usize, const NV: usize, const L: u
                 let dot = isa.sub_mul(dots[r][v], zero, rows[r].sums[g]);
                 let dot = isa.sub_mul(dot, sums, rows[r].zeros[g]);
                 if panel.exact {
-                    total[r][v] = isa.from_bits(dot);
+                    total[r][v] = isa.reinterpret(dot);
                     continue;
                 }
                 let term = isa.mul(isa.to_f32(dot), scale);
@@ -431,7 +435,7 @@ impl<V: Isa<L>, const L: usize> Decode<V, L> for Float {
         let code = isa.and(isa.shr(codes, SHIFT), isa.splat_i32(255));
         let magnitude = isa.shl(isa.and(code, isa.splat_i32(self.magnitude)), self.shift);
         let sign = isa.and(isa.shl(code, self.sign_shift), isa.splat_i32(i32::MIN));
-        isa.mul(isa.from_bits(isa.or(magnitude, sign)), isa.splat_f32(self.scale))
+        isa.mul(isa.reinterpret(isa.or(magnitude, sign)), isa.splat_f32(self.scale))
     }
 }
 
@@ -485,7 +489,7 @@ fn f32_rows<
     for h in 0..H {
         let mut total = [[isa.zero_f32(); NV]; R];
         for g in 0..panel.groups {
-            let codes: &[[[[[[u8; 4]; L]; NV]; H]; W]] = bytemuck::cast_slice(panel.codes_of(g));
+            let codes: &[Step<W, H, NV, L>] = bytemuck::cast_slice(panel.codes_of(g));
             let (steps, first) = (codes.len(), g * panel.padded_group());
             let mut zero = [isa.zero_f32(); NV];
             for v in 0..NV {
@@ -589,15 +593,15 @@ fn widen_codes<
     look_up: bool,
     to: &mut [u8],
 ) {
-    let codes: &[[[[[u8; 4]; L]; PANEL]; W]] = bytemuck::cast_slice(panel.codes);
-    let to: &mut [[[[[u8; 4]; L]; PANEL]; Q]] = bytemuck::cast_slice_mut(to);
+    let codes: &[Step<W, 1, PANEL, L>] = bytemuck::cast_slice(panel.codes);
+    let to: &mut [Step<Q, 1, PANEL, L>] = bytemuck::cast_slice_mut(to);
     let steps = if codes.len() < to.len() { codes.len() } else { to.len() };
     let (codes, to) = (&codes[..steps], &mut to[..steps]);
     for s in 0..steps {
         for v in 0..PANEL {
             let mut words = [isa.zero_i32(); W];
             for w in 0..W {
-                words[w] = isa.load_codes(&codes[s][w][v]);
+                words[w] = isa.load_codes(&codes[s][w][0][v]);
             }
             let quads = C::quads(isa, words);
             for q in 0..Q {
@@ -605,7 +609,7 @@ fn widen_codes<
                     Meaning::Table(table) if look_up => isa.lookup(&table.low, quads[q]),
                     _ => quads[q],
                 };
-                isa.store_codes(codes, &mut to[s][q][v]);
+                isa.store_codes(codes, &mut to[s][q][0][v]);
             }
         }
     }

@@ -289,12 +289,12 @@ impl<const VNNI: bool> Isa<8> for Avx<VNNI> {
             // The lowest three bits choose within the halves, the sign between them.
             let low = _mm256_permutevar8x32_ps(levels[0], codes);
             let high = _mm256_permutevar8x32_ps(levels[1], codes);
-            _mm256_blendv_ps(low, high, self.from_bits(_mm256_slli_epi32::<28>(codes)))
+            _mm256_blendv_ps(low, high, self.reinterpret(_mm256_slli_epi32::<28>(codes)))
         }
     }
 
     #[inline(always)]
-    fn from_bits(self, x: __m256i) -> __m256 {
+    fn reinterpret(self, x: __m256i) -> __m256 {
         // SAFETY: see above.
         unsafe { _mm256_castsi256_ps(x) }
     }

@@ -230,7 +230,7 @@ impl Isa<16> for Avx512Vnni {
     }
 
     #[inline(always)]
-    fn from_bits(self, x: __m512i) -> __m512 {
+    fn reinterpret(self, x: __m512i) -> __m512 {
         // SAFETY: see above.
         unsafe { _mm512_castsi512_ps(x) }
     }

@@ -378,7 +378,7 @@ impl<const DOT: u8> Isa<4> for Neon<DOT> {
     }
 
     #[inline(always)]
-    fn from_bits(self, x: int32x4_t) -> float32x4_t {
+    fn reinterpret(self, x: int32x4_t) -> float32x4_t {
         // SAFETY: see above.
         unsafe { vreinterpretq_f32_s32(x) }
     }

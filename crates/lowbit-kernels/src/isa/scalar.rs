@@ -136,7 +136,7 @@ impl Isa<8> for Scalar {
         codes.map(|code| levels[(code & 15) as usize])
     }
 
-    fn from_bits(self, x: [i32; 8]) -> [f32; 8] {
+    fn reinterpret(self, x: [i32; 8]) -> [f32; 8] {
         x.map(|x| f32::from_bits(x as u32))
     }
 
