@@ -1,13 +1,15 @@
-//! The `lowbit` command: compare, evaluate and run quantized language models.
+//! The `lowbit` command: quantize, inspect, compare, evaluate and run language models.
 #![forbid(unsafe_code)]
 
 mod bench;
 mod compare;
 mod eval;
 mod generate;
+mod inspect;
 mod model;
 mod new_file;
 mod plot;
+mod quantize;
 
 use std::{num::NonZeroUsize, process::ExitCode, sync::Arc};
 
@@ -28,6 +30,10 @@ struct Cli {
 enum Command {
     /// Quantize a model by every method, and show size, loss and speed in a table
     Compare(compare::Options),
+    /// Quantize a checkpoint into another one
+    Quantize(quantize::Options),
+    /// What is in a file or a folder: layers, schemes, sizes, damage
+    Inspect(inspect::Options),
     /// Perplexity of a model on a text
     Eval(eval::Options),
     /// Continue a text
@@ -71,6 +77,8 @@ fn main() -> ExitCode {
     };
     let result = match cli.command {
         Command::Compare(options) => compare::run(&options),
+        Command::Quantize(options) => quantize::run(&options),
+        Command::Inspect(options) => inspect::run(&options),
         Command::Eval(options) => eval::run(&options),
         Command::Generate(options) => generate::run(&options),
         Command::Bench(options) => bench::run(&options),

@@ -216,3 +216,110 @@ fn damaged_models_are_refused_by_file_and_tensor() {
     fs::remove_file(copy.file(weights)).unwrap();
     copy.refused(&[weights]);
 }
+
+fn json(args: &[&str]) -> Value {
+    let output = lowbit(args);
+    assert!(output.status.success(), "{args:?}: {}", String::from_utf8_lossy(&output.stderr));
+    serde_json::from_slice(&output.stdout).unwrap()
+}
+
+#[test]
+fn a_quantized_checkpoint_predicts_as_well_as_the_model_that_was_quantized() {
+    let copy = Copy::new();
+    let model = copy.0.path().to_str().unwrap();
+    let text = copy.file("text.txt");
+    let text = text.to_str().unwrap();
+    for (method, formats) in [
+        ("int4-g32", &["lowbit", "gptq", "awq", "compressed-tensors", "gguf"][..]),
+        ("int8", &["lowbit", "compressed-tensors"]),
+        ("llm-int8-bnb", &["lowbit", "bnb"]),
+        ("w8a8", &["lowbit", "compressed-tensors"]),
+    ] {
+        let compared = json(&["compare", model, "--methods", method, "--text", text, "--json"]);
+        let expected = compared["rows"][1]["perplexity"].as_f64().unwrap();
+        for format in formats {
+            let out = copy.file(&format!("{method}-{format}"));
+            let out = out.to_str().unwrap();
+            let args = ["quantize", model, "--method", method, "--format", format, "--out", out];
+            let report = json(&[&args[..], &["--json"]].concat());
+            assert_eq!(report["layers"].as_array().unwrap().len(), 28);
+            let got =
+                json(&["eval", out, "--text", text, "--json"])["perplexity"].as_f64().unwrap();
+            // bitsandbytes stores 127 times the scale, rounded.
+            let close = if *format == "bnb" { 1e-5 } else { 1e-12 };
+            assert!((got / expected - 1.0).abs() < close, "{method} {format}: {got} {expected}");
+
+            let inspected = json(&["inspect", out, "--json"]);
+            let layers = inspected["layers"].as_array().unwrap();
+            assert_eq!(layers.len(), 28);
+            assert!(layers.iter().all(|layer| layer["problem"].is_null()));
+            assert_eq!(inspected["tensors"].as_array().unwrap().len(), 10);
+            assert!(!Path::new(&format!("{out}.part")).exists());
+        }
+    }
+    let generated = lowbit(&[
+        "generate",
+        copy.file("int4-g32-gptq").to_str().unwrap(),
+        "--prompt",
+        "Once upon a time",
+        "--max-tokens",
+        "8",
+    ]);
+    assert!(generated.status.success());
+}
+
+#[test]
+fn quantize_refuses_before_it_writes() {
+    let copy = Copy::new();
+    let model = copy.0.path().to_str().unwrap();
+    let out = copy.file("out");
+    let out = out.to_str().unwrap();
+    let part = format!("{out}.part");
+    let quantize = |method: &'static str, format: &'static str| {
+        ["quantize", model, "--method", method, "--format", format, "--out", out].map(String::from)
+    };
+    fn strs(args: &[String; 8]) -> [&str; 8] {
+        args.each_ref().map(String::as_str)
+    }
+    refuses(&strs(&quantize("smoothquant", "lowbit")), &["smoothquant", "calibration", "int8"]);
+    let (int3, w8a8) = (quantize("int3-g32", "awq"), quantize("w8a8", "gptq"));
+    // They also say how much memory they will take.
+    for (args, words) in [(int3, "codes of 3 bits"), (w8a8, "quantized activations")] {
+        let output = lowbit(&strs(&args));
+        let said = String::from_utf8(output.stderr).unwrap();
+        assert_eq!(output.status.code(), Some(2));
+        assert!(said.contains(words), "{said}");
+        assert!(!Path::new(&part).exists() && !Path::new(out).exists());
+    }
+    fs::create_dir(&part).unwrap();
+    refuses(&strs(&quantize("int8", "lowbit")), &["out.part", "remove it"]);
+    fs::create_dir(out).unwrap();
+    refuses(&strs(&quantize("int8", "lowbit")), &["out exists"]);
+}
+
+#[test]
+fn inspect_names_what_is_damaged() {
+    let copy = Copy::new();
+    let out = copy.file("out");
+    let out = out.to_str().unwrap();
+    let model = copy.0.path().to_str().unwrap();
+    let args = ["quantize", model, "--method", "int8", "--format", "bnb", "--out", out];
+    assert!(lowbit(&args).status.success());
+    let file = copy.file("out/model-00002-of-00005.safetensors");
+    let mut bytes = fs::read(&file).unwrap();
+    // The last tensor of a block is the format of down_proj, those before it its row maxima.
+    let len = bytes.len();
+    bytes[len - 5..len - 1].copy_from_slice(&f32::NAN.to_le_bytes());
+    fs::write(&file, bytes).unwrap();
+    let inspected = json(&["inspect", file.to_str().unwrap(), "--json"]);
+    let damaged: Vec<_> = inspected["layers"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .filter_map(|layer| Some((layer["name"].as_str()?, layer["problem"].as_str()?)))
+        .collect();
+    let [(name, problem)] = damaged[..] else { panic!("{damaged:?}") };
+    assert_eq!(name, "model.layers.0.mlp.down_proj");
+    assert!(problem.contains("scale is not finite"), "{problem}");
+    refuses(&["inspect", "/nowhere/model.gguf"], &["/nowhere/model.gguf"]);
+}

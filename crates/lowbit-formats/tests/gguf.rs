@@ -1,7 +1,9 @@
 //! The GGUF container and ggml's blocks, against files of the `gguf` Python package.
 
+use lowbit_core::{Mat, QLinear, QMatrix};
 use lowbit_formats::{
-    Dtype, TensorSource, TensorView,
+    Dtype, Tensor, TensorSource, TensorView,
+    conventions::{Convention, Ggml},
     gguf::{self, Array, GgmlType, Gguf, Value},
 };
 use proptest::prelude::*;
@@ -305,4 +307,58 @@ proptest! {
             }
         }
     }
+}
+
+/// A file with a tensor of every type that layers are written as, read by another program.
+#[test]
+fn what_is_written_is_read_by_the_gguf_package() {
+    let here = std::path::Path::new(env!("CARGO_MANIFEST_DIR"));
+    let python =
+        |args: &[&std::ffi::OsStr]| std::process::Command::new("python3").args(args).output();
+    let import = ["-c".as_ref(), "import gguf, numpy".as_ref()];
+    if !python(&import).is_ok_and(|output| output.status.success()) {
+        eprintln!("skipped: python3 has no packages gguf and numpy; see tests/check_gguf.py");
+        return;
+    }
+    let types = [
+        GgmlType::Q4_0,
+        GgmlType::Q4_1,
+        GgmlType::Q5_0,
+        GgmlType::Q5_1,
+        GgmlType::Q8_0,
+        GgmlType::Q2_K,
+        GgmlType::Q3_K,
+        GgmlType::Q4_K,
+        GgmlType::Q5_K,
+        GgmlType::Q6_K,
+        GgmlType::IQ4_NL,
+        GgmlType::IQ4_XS,
+        GgmlType::TQ2_0,
+        GgmlType::MXFP4,
+    ];
+    let w =
+        Mat::from_fn(6, 512, |r, c| ((r * 512 + c) as f32 * 0.73).sin() * (1.0 + c as f32 / 99.0));
+    let (mut tensors, mut numbers) = (Vec::new(), Vec::new());
+    for dtype in types {
+        let scheme = Ggml::scheme(dtype).unwrap();
+        let layer = QLinear::new(QMatrix::quantize(w.as_ref(), scheme).unwrap());
+        tensors.extend(Ggml.write(&layer, &dtype.to_string()).unwrap());
+        numbers.extend(layer.weight().dequantize().data().iter().flat_map(|x| x.to_le_bytes()));
+    }
+    let plain = Tensor::f32("plain", vec![6, 512], w.data());
+    numbers.extend(&plain.bytes);
+    tensors.push(plain);
+
+    let folder = tempfile::tempdir().unwrap();
+    let (file, expected) = (folder.path().join("w.gguf"), folder.path().join("w.f32"));
+    let views: Vec<_> = tensors.iter().map(Tensor::view).collect();
+    let metadata = [("general.architecture", "llama".into()), ("general.name", "all types".into())];
+    gguf::write(std::fs::File::create(&file).unwrap(), &metadata, &views).unwrap();
+    std::fs::write(&expected, numbers).unwrap();
+    let script = here.join("tests/check_gguf.py");
+    let output = python(&[script.as_ref(), file.as_ref(), expected.as_ref()]).unwrap();
+    let printed = String::from_utf8_lossy(&output.stdout);
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{printed}{said}");
+    assert!(printed.ends_with("15 tensors agree\n"), "{printed}");
 }

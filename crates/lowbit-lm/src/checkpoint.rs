@@ -6,18 +6,25 @@ use std::{
 };
 
 use lowbit::{
-    Mat,
-    formats::{Safetensors, Sharded, TensorSource},
+    Mat, QLinear,
+    formats::{
+        Safetensors, Sharded, TensorSource,
+        conventions::{self, Convention, Ggml},
+        gguf::Gguf,
+    },
 };
 use memmap2::Mmap;
+use serde_json::Value;
 
-use crate::{Config, Error, Result, Tokenizer};
+use crate::{Config, Error, Result, Tokenizer, llama_gguf::LlamaGguf};
 
 /// A model as it is stored, checked, and not yet in memory: the Hugging Face layout of
 /// `config.json`, `tokenizer.json` and `model.safetensors` (or several files under
-/// `model.safetensors.index.json`).
+/// `model.safetensors.index.json`), or else `model.gguf` with the names of llama.cpp.
 ///
-/// Weights stay in their file until a [`Model`](crate::Model) asks for them, one layer at a time.
+/// Weights stay in their file until a [`Model`](crate::Model) asks for them, one layer at a time. Linear
+/// layers of the blocks may be quantized, in any convention of [`conventions`]; the
+/// `quantization_config` of `config.json` says which.
 ///
 /// # Example
 /// ```no_run
@@ -29,8 +36,13 @@ pub struct Checkpoint {
     name: String,
     config: Config,
     tokenizer: Tokenizer,
-    tensors: Box<dyn TensorSource + Send + Sync>,
+    tensors: Tensors,
+    /// How linear layers that are quantized are stored.
+    convention: Option<Box<dyn Convention>>,
 }
+
+/// The tensors of one file or several.
+type Tensors = Box<dyn TensorSource + Send + Sync>;
 
 /// The weights of one linear layer, in f32, on their way to whatever will multiply with them.
 #[derive(Clone, Debug, PartialEq)]
@@ -55,18 +67,18 @@ impl Checkpoint {
         let folder = folder.as_ref();
         let path = |file: &str| folder.join(file);
         let name = |file: &str| path(file).display().to_string();
-        let config = Config::parse(&name("config.json"), &read(&path("config.json"))?)?;
+        let json = read(&path("config.json"))?;
+        let config = Config::parse(&name("config.json"), &json)?;
         let tokenizer = Tokenizer::parse(&name("tokenizer.json"), &read(&path("tokenizer.json"))?)?;
-        let index = "model.safetensors.index.json";
-        let tensors: Box<dyn TensorSource + Send + Sync> =
-            if !path("model.safetensors").exists() && path(index).exists() {
-                let json = read(&path(index))?;
-                Box::new(Sharded::new(name(index), &json, |file| map(&path(file)))?)
-            } else {
-                let file = "model.safetensors";
-                Box::new(Safetensors::new(name(file), map(&path(file))?)?)
-            };
-        Self::new(folder.display().to_string(), config, tokenizer, tensors)
+        let gguf = "model.gguf";
+        let is_gguf = path(gguf).exists() && !path("model.safetensors").exists();
+        let (tensors, convention): (Tensors, _) = if is_gguf {
+            let file = Gguf::new(name(gguf), map(&path(gguf))?)?;
+            (Box::new(LlamaGguf::new(file, &config)?), Some(Box::new(Ggml) as Box<dyn Convention>))
+        } else {
+            (open_tensors(folder)?, convention(&json)?)
+        };
+        Self::new(folder.display().to_string(), config, convention, tokenizer, tensors)
     }
 
     /// The same from the contents of the three files, for a model that is part of a program; error
@@ -80,19 +92,21 @@ impl Checkpoint {
         safetensors: impl Into<Cow<'static, [u8]>>,
         tokenizer: &[u8],
     ) -> Result<Self> {
+        let convention = convention(config)?;
         let config = Config::parse(&format!("{name}/config.json"), config)?;
         let tokenizer = Tokenizer::parse(&format!("{name}/tokenizer.json"), tokenizer)?;
         let tensors = Safetensors::new(format!("{name}/model.safetensors"), safetensors.into())?;
-        Self::new(name.into(), config, tokenizer, Box::new(tensors))
+        Self::new(name.into(), config, convention, tokenizer, Box::new(tensors))
     }
 
     fn new(
         name: String,
         config: Config,
+        convention: Option<Box<dyn Convention>>,
         tokenizer: Tokenizer,
-        tensors: Box<dyn TensorSource + Send + Sync>,
+        tensors: Tensors,
     ) -> Result<Self> {
-        let checkpoint = Self { name, config, tokenizer, tensors };
+        let checkpoint = Self { name, config, tokenizer, tensors, convention };
         checkpoint.check()?;
         Ok(checkpoint)
     }
@@ -124,12 +138,43 @@ impl Checkpoint {
         (0..self.config.num_hidden_layers).flat_map(linears).collect()
     }
 
+    /// The tensors that belong to none of the [`linear_names`](Self::linear_names): embedding, norms and
+    /// head.
+    pub fn other_names(&self) -> Vec<&str> {
+        let linears = self.linear_names();
+        let of_a_linear = |tensor: &str| {
+            tensor.rmatch_indices('.').any(|(dot, _)| linears.iter().any(|l| *l == tensor[..dot]))
+        };
+        self.tensors.names().into_iter().filter(|name| !of_a_linear(name)).collect()
+    }
+
+    /// The linear layer called `name` as it is stored, if it is quantized.
+    ///
+    /// # Errors
+    /// [`Error::Format`] if its tensors make no layer.
+    pub fn quantized(&self, name: &str) -> Result<Option<QLinear>> {
+        match &self.convention {
+            Some(convention) if convention.holds(&*self.tensors, name) => {
+                Ok(Some(convention.read(&*self.tensors, name)?))
+            }
+            _ => Ok(None),
+        }
+    }
+
     /// The weights of the linear layer called `name`, one of [`linear_names`](Self::linear_names),
-    /// in f32.
+    /// in f32; those that a quantized layer computes with.
     ///
     /// # Errors
     /// [`Error::Format`] if there is none.
     pub fn linear(&self, name: &str) -> Result<LinearWeights> {
+        if let Some(layer) = self.quantized(name)? {
+            let weight = layer.effective_weight();
+            return Ok(LinearWeights {
+                name: name.into(),
+                weight: weight.map_err(|cause| Error::Layer { layer: name.into(), cause })?,
+                bias: layer.bias().map(<[f32]>::to_vec),
+            });
+        }
         let bias = format!("{name}.bias");
         Ok(LinearWeights {
             name: name.into(),
@@ -171,6 +216,19 @@ impl Checkpoint {
                 check(norm, &[c.hidden_size])?;
             }
             for LinearSpec { name, shape, bias } in block_linears(c, layer) {
+                if let Some(layer) = self.quantized(&name)? {
+                    let got = (layer.weight().rows(), layer.weight().cols());
+                    if got != shape {
+                        return Err(Error::LayerShape { layer: name, expected: shape, got });
+                    }
+                    if layer.bias().is_some() != bias {
+                        let with = if bias { "with" } else { "without" };
+                        return Err(Error::Invalid(format!(
+                            "{name}: expected a layer {with} bias"
+                        )));
+                    }
+                    continue;
+                }
                 check(format!("{name}.weight"), &[shape.0, shape.1])?;
                 if bias {
                     check(format!("{name}.bias"), &[shape.0])?;
@@ -187,7 +245,12 @@ impl Checkpoint {
             let redundant = name.ends_with(".rotary_emb.inv_freq") || *name == HEAD;
             !known.contains(*name) && !redundant
         };
-        match self.tensors.names().into_iter().find(unknown) {
+        let names = match self.convention {
+            // A convention knows which tensors its layers have.
+            Some(_) => self.other_names(),
+            None => self.tensors.names(),
+        };
+        match names.into_iter().find(unknown) {
             None => Ok(()),
             Some(name) => Err(Error::TensorUnknown {
                 file: self.tensors.tensor(name)?.file.into(),
@@ -218,11 +281,12 @@ impl Checkpoint {
 
 impl std::fmt::Debug for Checkpoint {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        let Self { name, config, tokenizer, tensors: _ } = self;
+        let Self { name, config, tokenizer, tensors: _, convention } = self;
         f.debug_struct("Checkpoint")
             .field("name", name)
             .field("config", config)
             .field("tokenizer", tokenizer)
+            .field("convention", convention)
             .finish_non_exhaustive()
     }
 }
@@ -262,6 +326,46 @@ pub(crate) fn block_linears(c: &Config, layer: usize) -> [LinearSpec; 7] {
 pub(crate) fn block_norms(layer: usize) -> [String; 2] {
     ["input_layernorm", "post_attention_layernorm"]
         .map(|norm| format!("model.layers.{layer}.{norm}.weight"))
+}
+
+/// The tensors of a folder in the layout of [`Checkpoint`], or of a single file, mapped.
+///
+/// # Errors
+/// [`Error::Io`] or [`Error::Format`].
+///
+/// # Example
+/// ```no_run
+/// let tensors = lowbit_lm::open_tensors("models/stories3m".as_ref())?;
+/// println!("{:?}", tensors.names());
+/// # Ok::<(), lowbit_lm::Error>(())
+/// ```
+pub fn open_tensors(path: &Path) -> Result<Box<dyn TensorSource + Send + Sync>> {
+    if !path.is_dir() {
+        let name = path.display().to_string();
+        return Ok(match path.extension().is_some_and(|extension| extension == "gguf") {
+            true => Box::new(Gguf::new(name, map(path)?)?),
+            false => Box::new(Safetensors::new(name, map(path)?)?),
+        });
+    }
+    let name = |file: &str| path.join(file).display().to_string();
+    let (index, file) = ("model.safetensors.index.json", "model.safetensors");
+    let gguf = path.join("model.gguf");
+    if gguf.exists() && !path.join(file).exists() {
+        return open_tensors(&gguf);
+    }
+    if !path.join(file).exists() && path.join(index).exists() {
+        let json = read(&path.join(index))?;
+        return Ok(Box::new(Sharded::new(name(index), &json, |file| map(&path.join(file)))?));
+    }
+    Ok(Box::new(Safetensors::new(name(file), map(&path.join(file))?)?))
+}
+
+/// How the layers of a model with this config.json are quantized.
+fn convention(json: &[u8]) -> Result<Option<Box<dyn Convention>>> {
+    // What is no JSON is refused by the parser of the rest.
+    let config: Option<Value> = serde_json::from_slice(json).ok();
+    let quantization = config.as_ref().and_then(|config| config.get("quantization_config"));
+    Ok(quantization.map(conventions::from_config).transpose()?)
 }
 
 fn read(path: &Path) -> Result<Vec<u8>> {

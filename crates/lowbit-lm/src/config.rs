@@ -103,11 +103,6 @@ impl Config {
             Some(act) if act == "silu" => {}
             act => return Err(f.error("hidden_act", "\"silu\"", act)),
         }
-        if let found @ Some(_) = f.get("quantization_config") {
-            let expected = "none: give the checkpoint before it was quantized";
-            return Err(f.error("quantization_config", expected, found));
-        }
-
         let hidden_size = f.size("hidden_size")?;
         let num_attention_heads = f.size("num_attention_heads")?;
         let num_key_value_heads = match f.get("num_key_value_heads") {
@@ -389,10 +384,6 @@ mod tests {
             (
                 json!({"tie_word_embeddings": 1}),
                 "config.json: tie_word_embeddings: expected true or false, got 1",
-            ),
-            (
-                json!({"quantization_config": {}}),
-                "config.json: quantization_config: expected none: give the checkpoint before it was quantized, got {}",
             ),
         ] {
             assert_eq!(parse(changes).unwrap_err().to_string(), expected);

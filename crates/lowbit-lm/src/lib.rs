@@ -49,6 +49,7 @@ mod error;
 pub mod eval;
 mod generate;
 mod kv;
+pub mod llama_gguf;
 mod model;
 mod ops;
 mod speed;
@@ -57,7 +58,7 @@ mod tests;
 mod tokenizer;
 mod windows;
 
-pub use checkpoint::{Checkpoint, LinearWeights};
+pub use checkpoint::{Checkpoint, LinearWeights, open_tensors};
 pub use config::{Config, Llama3Scaling};
 pub use dense::DenseLinear;
 pub use error::Error;

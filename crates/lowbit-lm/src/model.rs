@@ -1,6 +1,6 @@
 use std::{f32::consts::TAU, sync::Arc};
 
-use lowbit::{Context, Linear, Mat, MatMut, MatRef};
+use lowbit::{Context, Linear, Mat, MatMut, MatRef, PackedLinear};
 
 use crate::{
     Checkpoint, Config, DenseLinear, Error, KvCache, LinearWeights, Result,
@@ -58,12 +58,29 @@ struct Layer {
 type Observer<'a> = &'a mut (dyn FnMut(&[&str], MatRef<'_, f32>) -> Result<()> + Send);
 
 impl Model {
-    /// Reads the whole model into memory, all layers in f32.
+    /// Reads the whole model into memory: layers that are quantized as they are, all others in f32.
+    ///
+    /// A quantized layer for which this CPU has no kernel is multiplied by its weights in f32.
     ///
     /// # Errors
-    /// None for a checkpoint whose files have not changed since it was opened.
+    /// [`Error::Layer`] for a layer that quantizes its inputs in a way that no kernel can. None else for
+    /// a checkpoint whose files have not changed since it was opened.
     pub fn load(checkpoint: &Checkpoint) -> Result<Self> {
-        Self::load_with(checkpoint, dense)
+        let trunk = Arc::new(Trunk::load(checkpoint)?);
+        let make = |name: &str| {
+            let error = |cause| Error::Layer { layer: name.into(), cause };
+            match checkpoint.quantized(name)? {
+                None => dense(checkpoint.linear(name)?).map_err(error),
+                Some(layer) => match PackedLinear::new(&layer) {
+                    Ok(packed) => Ok(Arc::new(packed) as Arc<dyn Linear>),
+                    Err(lowbit::Error::Unsupported { .. }) if layer.activation().is_none() => {
+                        dense(checkpoint.linear(name)?).map_err(error)
+                    }
+                    Err(cause) => Err(error(cause)),
+                },
+            }
+        };
+        Ok(Self { trunk, blocks: blocks(checkpoint, make)? })
     }
 
     /// Reads the model, with linear layers that `make` builds from their weights: called for each
@@ -77,7 +94,7 @@ impl Model {
         make: impl FnMut(LinearWeights) -> lowbit::Result<Arc<dyn Linear>>,
     ) -> Result<Self> {
         let trunk = Arc::new(Trunk::load(checkpoint)?);
-        Ok(Self { trunk, blocks: blocks(checkpoint, make)? })
+        Ok(Self { trunk, blocks: blocks(checkpoint, from_weights(checkpoint, make))? })
     }
 
     /// This model with other linear layers, built as in [`load_with`](Self::load_with) from its
@@ -94,7 +111,8 @@ impl Model {
             let name = checkpoint.name();
             return Err(Error::Invalid(format!("{name} is not the checkpoint of this model")));
         }
-        Ok(Self { trunk: self.trunk.clone(), blocks: blocks(checkpoint, make)? })
+        let blocks = blocks(checkpoint, from_weights(checkpoint, make))?;
+        Ok(Self { trunk: self.trunk.clone(), blocks })
     }
 
     /// The model's shape.
@@ -279,9 +297,20 @@ fn dense(weights: LinearWeights) -> lowbit::Result<Arc<dyn Linear>> {
     Ok(Arc::new(DenseLinear::new(weights.weight.as_ref(), weights.bias)?))
 }
 
-fn blocks(
+/// Hands the f32 weights of the layer of a name to `make`.
+fn from_weights(
     checkpoint: &Checkpoint,
     mut make: impl FnMut(LinearWeights) -> lowbit::Result<Arc<dyn Linear>>,
+) -> impl FnMut(&str) -> Result<Arc<dyn Linear>> {
+    move |name| {
+        let weights = checkpoint.linear(name)?;
+        make(weights).map_err(|cause| Error::Layer { layer: name.into(), cause })
+    }
+}
+
+fn blocks(
+    checkpoint: &Checkpoint,
+    mut make: impl FnMut(&str) -> Result<Arc<dyn Linear>>,
 ) -> Result<Vec<Block>> {
     let c = checkpoint.config();
     (0..c.num_hidden_layers)
@@ -289,8 +318,7 @@ fn blocks(
             let mut layers = Vec::with_capacity(7);
             for spec in block_linears(c, layer) {
                 let (name, expected) = (spec.name, spec.shape);
-                let linear = make(checkpoint.linear(&name)?)
-                    .map_err(|cause| Error::Layer { layer: name.clone(), cause })?;
+                let linear = make(&name)?;
                 let got = (linear.out_features(), linear.in_features());
                 if got != expected {
                     return Err(Error::LayerShape { layer: name, expected, got });

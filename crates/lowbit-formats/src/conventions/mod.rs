@@ -112,3 +112,51 @@ fn number(config: &Value, keys: &[&str]) -> Option<usize> {
     let value = keys.iter().find_map(|key| config.get(key))?;
     value.as_u64().and_then(|x| usize::try_from(x).ok())
 }
+
+/// The convention in which `source` holds `layer`, by its tensors alone: for files without a
+/// configuration. `None` if it is not quantized, or in no convention of this crate.
+///
+/// What tensors do not say is as in a [`Default`]: version 1 of GPTQ, blocks of 128 × 128 in FP8, f32
+/// inputs.
+///
+/// # Example
+/// ```
+/// use lowbit_formats::{Dtype, Tensor, conventions, gguf::GgmlType};
+///
+/// let q8_0 = Dtype::Ggml(GgmlType::Q8_0);
+/// let tensors = vec![Tensor::new("blk.0.attn_q.weight", q8_0, vec![1, 32], vec![0; 34])];
+/// let convention = conventions::detect(&tensors, "blk.0.attn_q").unwrap();
+/// assert_eq!(convention.name(), "ggml");
+/// assert!(conventions::detect(&tensors, "blk.0.attn_k").is_none());
+/// ```
+pub fn detect(source: &dyn TensorSource, layer: &str) -> Option<Box<dyn Convention>> {
+    let size = |part: &str, dim: usize| {
+        source.tensor(&format!("{layer}.{part}")).ok()?.shape.get(dim).copied()
+    };
+    // Words of AWQ hold 8 outputs, those of GPTQ 1; `gemv` has a row for each output.
+    let awq = if size("qweight", 0) == size("scales", 0) {
+        Some(AwqVersion::Gemv)
+    } else if size("qweight", 1) != size("scales", 1) {
+        Some(AwqVersion::Gemm)
+    } else {
+        None
+    };
+    let mut all: Vec<Box<dyn Convention>> = vec![
+        Box::new(Lowbit),
+        Box::new(Bnb4),
+        Box::new(BnbInt8 { threshold: None }),
+        Box::new(Nvfp4 { reciprocal: true }),
+        Box::new(Nvfp4 { reciprocal: false }),
+        Box::new(CompressedPacked::default()),
+        Box::new(Mxfp4),
+        Box::new(CompressedInt::default()),
+        Box::new(Fp8::default()),
+        Box::new(GptOss { experts: 1 }),
+        Box::new(Ggml),
+    ];
+    match awq {
+        Some(version) => all.push(Box::new(Awq { version, group_size: None })),
+        None => all.push(Box::new(Gptq::default())),
+    }
+    all.into_iter().find(|convention| convention.holds(source, layer))
+}

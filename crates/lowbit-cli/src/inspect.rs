@@ -1,0 +1,214 @@
+//! `lowbit inspect`: what is in a file or a folder.
+
+use std::{collections::BTreeSet, io::Write, path::PathBuf};
+
+use anyhow::Result;
+use lowbit::{
+    QLinear, QuantScheme, QuantType,
+    formats::{
+        Dtype, TensorSource,
+        conventions::{self, Convention},
+    },
+};
+use lowbit_lm::open_tensors;
+use serde::Serialize;
+
+use crate::model;
+
+/// Options of `lowbit inspect`.
+#[derive(clap::Args)]
+pub(crate) struct Options {
+    /// A safetensors or GGUF file, or the folder of a model
+    path: PathBuf,
+    /// Print JSON instead of a table
+    #[arg(long)]
+    json: bool,
+}
+
+#[derive(Debug, Serialize)]
+struct Report {
+    path: String,
+    /// Of all tensors.
+    bytes: usize,
+    layers: Vec<Layer>,
+    /// Those that belong to no quantized layer.
+    tensors: Vec<Tensor>,
+}
+
+/// A quantized layer.
+#[derive(Debug, Serialize)]
+struct Layer {
+    name: String,
+    convention: String,
+    /// out_features and in_features.
+    shape: Option<[usize; 2]>,
+    scheme: Option<String>,
+    /// Everything stored for the weights, as a matrix of this library has it.
+    bits_per_weight: Option<f64>,
+    /// Share of codes that are the smallest or the largest, 0 to 1; for integers.
+    saturated: Option<f64>,
+    /// Why it cannot be read.
+    problem: Option<String>,
+}
+
+#[derive(Debug, Serialize)]
+struct Tensor {
+    name: String,
+    dtype: String,
+    shape: Vec<usize>,
+    bytes: usize,
+    /// What is wrong with its numbers.
+    problem: Option<String>,
+}
+
+/// How the names of the tensors of quantized layers end.
+const ENDS: [&str; 7] =
+    [".qweight", ".weight", ".weight_packed", ".lowbit", "_blocks", ".SCB", ".weight_scale"];
+
+pub(crate) fn run(options: &Options) -> Result<()> {
+    let source = open_tensors(&options.path)?;
+    let configured = configured(&options.path)?;
+    let names = source.names();
+    let candidates: BTreeSet<&str> = names
+        .iter()
+        .filter_map(|name| ENDS.iter().find_map(|end| name.strip_suffix(end)))
+        .collect();
+    let mut layers = Vec::new();
+    for name in candidates {
+        let convention = match &configured {
+            Some(convention) if convention.holds(&*source, name) => Some(convention),
+            _ => None,
+        };
+        let detected = conventions::detect(&*source, name);
+        if let Some(convention) = convention.or(detected.as_ref()) {
+            layers.push(layer(&*source, name, &**convention));
+        }
+    }
+    let of_a_layer = |tensor: &str| {
+        layers.iter().any(|layer| {
+            tensor.strip_prefix(&layer.name).is_some_and(|rest| rest.starts_with(['.', '_']))
+        })
+    };
+    let mut bytes = 0;
+    let mut tensors = Vec::new();
+    for name in names {
+        let view = source.tensor(name)?;
+        bytes += view.bytes.len();
+        if of_a_layer(name) {
+            continue;
+        }
+        let finite = match view.dtype {
+            Dtype::F32 | Dtype::F16 | Dtype::Bf16 => view.first_not_finite()?,
+            _ => None,
+        };
+        tensors.push(Tensor {
+            name: name.into(),
+            dtype: view.dtype.to_string(),
+            shape: view.shape.to_vec(),
+            bytes: view.bytes.len(),
+            problem: finite.map(|at| format!("element {at} is not finite")),
+        });
+    }
+    let report = Report { path: options.path.display().to_string(), bytes, layers, tensors };
+    print(options, &report)
+}
+
+/// The convention that the config.json of a folder speaks of.
+fn configured(path: &std::path::Path) -> Result<Option<Box<dyn Convention>>> {
+    let file = path.join("config.json");
+    if !file.is_file() {
+        return Ok(None);
+    }
+    let config: serde_json::Value = serde_json::from_slice(&model::read(&file)?)?;
+    let quantization = config.get("quantization_config").filter(|config| !config.is_null());
+    Ok(quantization.map(conventions::from_config).transpose()?)
+}
+
+fn layer(source: &dyn TensorSource, name: &str, convention: &dyn Convention) -> Layer {
+    let mut layer = Layer {
+        name: name.into(),
+        convention: convention.name().into(),
+        shape: None,
+        scheme: None,
+        bits_per_weight: None,
+        saturated: None,
+        problem: None,
+    };
+    match convention.read(source, name) {
+        Ok(read) => {
+            let weight = read.weight();
+            layer.shape = Some([weight.rows(), weight.cols()]);
+            layer.scheme = Some(describe(weight.scheme()));
+            layer.bits_per_weight = Some(weight.bits_per_weight());
+            layer.saturated = saturated(&read);
+        }
+        Err(e) => layer.problem = Some(e.to_string()),
+    }
+    layer
+}
+
+/// The share of integers at the ends of their range.
+fn saturated(layer: &QLinear) -> Option<f64> {
+    let weight = layer.weight();
+    let QuantType::Int { .. } = weight.scheme().dtype else { return None };
+    let max = weight.scheme().dtype.max_code();
+    let mut codes = vec![0; weight.cols()];
+    let mut ends = 0;
+    for row in 0..weight.rows() {
+        weight.unpack_row(row, &mut codes).ok()?;
+        ends += codes.iter().filter(|&&code| code == 0 || code == max).count();
+    }
+    Some(ends as f64 / (weight.rows() * weight.cols()).max(1) as f64)
+}
+
+fn describe(scheme: QuantScheme) -> String {
+    let dtype = match scheme.dtype {
+        QuantType::Int { bits } => format!("int{bits}"),
+        QuantType::Float(format) => format.name().unwrap_or("float").to_string(),
+        QuantType::NF4 => "nf4".into(),
+        QuantType::AF4 => "af4".into(),
+        QuantType::FP4_BNB => "fp4 of bitsandbytes".into(),
+        QuantType::IQ4_NL => "iq4".into(),
+        other => format!("table of {} bits", other.bits()),
+    };
+    let scale = scheme.scale_format.name();
+    format!("{dtype}, {:?}, {scale}, zero {:?}", scheme.granularity, scheme.zero)
+        .replace("TwoLevel(TwoLevel", "(two-level")
+}
+
+fn print(options: &Options, report: &Report) -> Result<()> {
+    let mut to = std::io::stdout();
+    if options.json {
+        writeln!(to, "{}", serde_json::to_string_pretty(report)?)?;
+        return Ok(());
+    }
+    let Report { path, bytes, layers, tensors } = report;
+    let count = layers.len() + tensors.len();
+    let size = *bytes as f64 / f64::from(1 << 20);
+    writeln!(to, "{path}: {size:.1} MiB, {} quantized layers of {count}", layers.len())?;
+    let width =
+        |names: &mut dyn Iterator<Item = &String>| names.map(|n| n.len()).max().unwrap_or(0);
+    let wide = width(&mut layers.iter().map(|layer| &layer.name));
+    for layer in layers {
+        write!(to, "{:wide$}  ", layer.name)?;
+        match (layer.shape, layer.bits_per_weight, &layer.scheme, &layer.problem) {
+            (Some([n, k]), Some(bits), Some(scheme), None) => {
+                let convention = &layer.convention;
+                write!(to, "{n} x {k}  {bits:.2} bits  {convention}: {scheme}")?;
+                match layer.saturated {
+                    Some(share) => writeln!(to, "  {:.1}% at the ends", 100.0 * share)?,
+                    None => writeln!(to)?,
+                }
+            }
+            (.., problem) => {
+                writeln!(to, "damaged: {}", problem.as_deref().unwrap_or("no reason known"))?;
+            }
+        }
+    }
+    let wide = width(&mut tensors.iter().map(|tensor| &tensor.name));
+    for tensor in tensors {
+        let problem = tensor.problem.as_ref().map_or(String::new(), |p| format!("  damaged: {p}"));
+        writeln!(to, "{:wide$}  {} {:?}{problem}", tensor.name, tensor.dtype, tensor.shape)?;
+    }
+    Ok(())
+}
