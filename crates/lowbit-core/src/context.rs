@@ -24,7 +24,8 @@ pub struct Context {
     #[cfg(feature = "std")]
     pool: Option<Arc<ThreadPool>>,
     scratch: Vec<u8>,
-    rows: Vec<f32>,
+    /// Given back, the last one first.
+    rows: Vec<Vec<f32>>,
 }
 
 /// Scratch memory starts at a multiple of this: a cache line, and the widest vector.
@@ -70,16 +71,16 @@ impl Context {
     }
 
     /// `len` numbers beside the [`scratch`](Self::scratch), with whatever an earlier call left in them, for
-    /// what must outlive a call that takes the context. Give them back by
-    /// [`give_back_rows`](Self::give_back_rows), or the next call allocates again.
+    /// what must outlive a call that takes the context. Such a call may take more. Give them back by
+    /// [`give_back_rows`](Self::give_back_rows), the last ones first, or the next call allocates again.
     pub fn take_rows(&mut self, len: usize) -> Vec<f32> {
-        let mut rows = core::mem::take(&mut self.rows);
+        let mut rows = self.rows.pop().unwrap_or_default();
         rows.resize(len, 0.0);
         rows
     }
 
     /// Keeps the memory of [`take_rows`](Self::take_rows) for the next call.
     pub fn give_back_rows(&mut self, rows: Vec<f32>) {
-        self.rows = rows;
+        self.rows.push(rows);
     }
 }

@@ -37,6 +37,12 @@ pub trait Linear: Send + Sync {
     /// [`Error::NotFinite`] if the layer quantizes its input and that has a NaN or infinity; those of
     /// [`QActivations::quantize`] if it does so in an impossible way.
     fn forward(&self, x: MatRef<'_, f32>, y: MatMut<'_, f32>, ctx: &mut Context) -> Result<()>;
+
+    /// The layer, for a caller who knows its type and can do more with that, such as compute several layers
+    /// at once; `None` for layers that are just this.
+    fn as_any(&self) -> Option<&dyn core::any::Any> {
+        None
+    }
 }
 
 /// Checks the operands of [`Linear::forward`].

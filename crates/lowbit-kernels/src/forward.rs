@@ -1,11 +1,11 @@
 //! `PackedLinear::forward_to`: quantize or pad the activations once, then compute the tiles of the
 //! output in any order on the caller's threads.
 
-use std::ops::Range;
+use std::{ops::Range, sync::Arc};
 
 use lowbit_core::{ActivationScales, Context, Error, Linear, MatMut, MatRef, Outliers, Result};
 use lowbit_dtypes::{Overflow, Rounding, SmallFloat, bf16, encode_slice, f16};
-use rayon::prelude::*;
+use rayon::{ThreadPool, prelude::*};
 
 use crate::{
     io::{Input, Output},
@@ -32,6 +32,10 @@ impl Linear for PackedLinear {
 
     fn forward(&self, x: MatRef<'_, f32>, y: MatMut<'_, f32>, ctx: &mut Context) -> Result<()> {
         self.forward_to(x, y, ctx)
+    }
+
+    fn as_any(&self) -> Option<&dyn std::any::Any> {
+        Some(self)
     }
 }
 
@@ -92,37 +96,24 @@ impl PackedLinear {
         if m == 0 || n == 0 {
             return Ok(());
         }
-        let work = m.saturating_mul(n).saturating_mul(k);
-        let pool = ctx.pool().filter(|_| work >= PARALLEL_WORK).cloned();
+        let pool = pool_for(ctx, m.saturating_mul(n).saturating_mul(k));
         let threads = Threads(pool.as_deref());
         match y {
-            Output::F32(mut y) => {
-                let copy = |from: &[f32], to: &mut [f32]| to.copy_from_slice(from);
-                self.transformed(x, ctx, threads, |x, ctx| {
-                    self.multiply(x, y.reborrow(), ctx, threads, false, copy)?;
-                    self.add_f32_terms(x, y.reborrow(), ctx, threads)
-                })?;
-                match (self.adapter(), x) {
-                    (Some(adapter), Input::F32(x)) => {
-                        add_rows(x, y, threads, |x, y| adapter.add(x, y))
-                    }
-                    _ => Ok(()),
-                }
-            }
+            Output::F32(y) => Self::forward_f32(&[self], x, &mut [y], ctx, threads),
             Output::Bf16(y) => self.transformed(x, ctx, threads, |x, ctx| {
-                self.multiply(x, y, ctx, threads, false, round::<bf16>)
+                Self::multiply(&[self], x, &mut [y], ctx, threads, false, round::<bf16>)
             }),
             Output::F16(y) => self.transformed(x, ctx, threads, |x, ctx| {
-                self.multiply(x, y, ctx, threads, false, round::<f16>)
+                Self::multiply(&[self], x, &mut [y], ctx, threads, false, round::<f16>)
             }),
             Output::Int8 { codes, scale } => self.transformed(x, ctx, threads, |x, ctx| {
-                self.multiply(x, codes, ctx, threads, false, |y, to| {
+                Self::multiply(&[self], x, &mut [codes], ctx, threads, false, |y, to| {
                     pulp::Arch::new().dispatch(EncodeInt8 { y, scale, to });
                 })
             }),
             Output::UInt8 { codes, scale, zero_point } => {
                 self.transformed(x, ctx, threads, |x, ctx| {
-                    self.multiply(x, codes, ctx, threads, false, |y, to| {
+                    Self::multiply(&[self], x, &mut [codes], ctx, threads, false, |y, to| {
                         pulp::Arch::new().dispatch(EncodeUint8 { y, scale, zero_point, to });
                     })
                 })
@@ -131,9 +122,33 @@ impl PackedLinear {
                 let copy = |from: &[f32], to: &mut [i32]| {
                     to.copy_from_slice(bytemuck::cast_slice(from));
                 };
-                self.multiply(x, y, ctx, threads, true, copy)
+                Self::multiply(&[self], x, &mut [y], ctx, threads, true, copy)
             }),
         }
+    }
+
+    /// Writes what each of `layers` makes of the input that they share. How that is transformed and
+    /// quantized is said by the first, and must be the same for all.
+    pub(crate) fn forward_f32(
+        layers: &[&Self],
+        x: Input<'_>,
+        outputs: &mut [MatMut<'_, f32>],
+        ctx: &mut Context,
+        threads: Threads<'_>,
+    ) -> Result<()> {
+        let Some(first) = layers.first() else { return Ok(()) };
+        first.transformed(x, ctx, threads, |x, ctx| {
+            let copy = |from: &[f32], to: &mut [f32]| to.copy_from_slice(from);
+            Self::multiply(layers, x, outputs, ctx, threads, false, copy)?;
+            let mut each = layers.iter().zip(&mut *outputs);
+            each.try_for_each(|(layer, y)| layer.add_f32_terms(x, y.reborrow(), ctx, threads))
+        })?;
+        for (layer, y) in layers.iter().zip(outputs) {
+            if let (Some(adapter), Input::F32(x)) = (layer.adapter(), x) {
+                add_rows(x, y.reborrow(), threads, |x, y| adapter.add(x, y))?;
+            }
+        }
+        Ok(())
     }
 
     /// Refuses operands that do not fit.
@@ -227,19 +242,20 @@ impl PackedLinear {
         Ok(())
     }
 
-    /// Stores `Q·x + bias`, or the integers of `Q·x` if `exact` (as bits of f32).
+    /// Stores `Q·x + bias` of each of `layers`, or the integers of `Q·x` if `exact` (as bits of f32).
     fn multiply<T: Send>(
-        &self,
+        layers: &[&Self],
         x: Input<'_>,
-        y: MatMut<'_, T>,
+        outputs: &mut [MatMut<'_, T>],
         ctx: &mut Context,
         threads: Threads<'_>,
         exact: bool,
         store: impl Fn(&[f32], &mut [T]) + Sync,
     ) -> Result<()> {
-        match (self.activation(), x) {
+        let Some(first) = layers.first() else { return Ok(()) };
+        match (first.activation(), x) {
             (None, Input::F32(x)) => {
-                self.multiply_f32(x, y, ctx, threads, store);
+                first.multiply_f32(layers, x, outputs, ctx, threads, store);
                 Ok(())
             }
             (Some(scheme), x) => {
@@ -248,12 +264,12 @@ impl PackedLinear {
                         Some((scale, zero_point))
                     }
                     (ActivationScales::PerTensor, Input::F32(x)) => {
-                        Some(tensor_params(scheme.dtype, x, self.outlier_features())?)
+                        Some(tensor_params(scheme.dtype, x, first.outlier_features())?)
                     }
                     _ => None,
                 };
                 let quantizer = Quantizer { scheme, known };
-                self.multiply_int8(x, y, ctx, threads, quantizer, exact, store)
+                first.multiply_int8(layers, x, outputs, ctx, threads, quantizer, exact, store)
             }
             (None, _) => Ok(()), // `check` has refused it
         }
@@ -261,14 +277,15 @@ impl PackedLinear {
 
     fn multiply_f32<T: Send>(
         &self,
+        layers: &[&Self],
         x: MatRef<'_, f32>,
-        y: MatMut<'_, T>,
+        outputs: &mut [MatMut<'_, T>],
         ctx: &mut Context,
         threads: Threads<'_>,
         store: impl Fn(&[f32], &mut [T]) + Sync,
     ) {
         let (m, width) = (x.rows(), self.padded_k());
-        let widened = self.widened_bytes(m);
+        let widened = widened_bytes(layers, m);
         let scratch = ctx.scratch(threads.count() * widened + m * width * 4);
         let (spare, padded) = scratch.split_at_mut(threads.count() * widened);
         let padded: &mut [f32] = bytemuck::cast_slice_mut(padded);
@@ -283,14 +300,17 @@ impl PackedLinear {
             }
             self.microkernel().f32(panel, &x[..rows.len()], out);
         };
-        self.tiles(y, threads, self.bias(), spare, tile, store);
+        for (layer, y) in layers.iter().zip(outputs) {
+            layer.tiles(y.reborrow(), threads, layer.bias(), &mut *spare, tile, &store);
+        }
     }
 
     #[allow(clippy::too_many_arguments, reason = "one call")]
     fn multiply_int8<T: Send>(
         &self,
+        layers: &[&Self],
         x: Input<'_>,
-        y: MatMut<'_, T>,
+        outputs: &mut [MatMut<'_, T>],
         ctx: &mut Context,
         threads: Threads<'_>,
         quantizer: Quantizer,
@@ -307,7 +327,7 @@ impl PackedLinear {
         let quantized = layout.bytes();
         let rest = if self.outlier_features().is_some() { 4 * k } else { 0 };
         let stride = quantized + rest.next_multiple_of(64);
-        let widened = threads.count() * self.widened_bytes(m);
+        let widened = threads.count() * widened_bytes(layers, m);
         let (spare, scratch) = ctx.scratch(widened + m * stride).split_at_mut(widened);
         threads.chunks(scratch, stride, |row, to| {
             let (to, rest) = to.split_at_mut(quantized);
@@ -373,7 +393,10 @@ impl PackedLinear {
                 }
             }
         };
-        self.tiles(y, threads, self.bias().filter(|_| !exact), spare, tile, store);
+        for (layer, y) in layers.iter().zip(outputs) {
+            let bias = layer.bias().filter(|_| !exact);
+            layer.tiles(y.reborrow(), threads, bias, &mut *spare, tile, &store);
+        }
         Ok(())
     }
 
@@ -690,9 +713,19 @@ fn pad(x: &[f32], to: &mut [f32], group_size: usize, padded: usize) {
     }
 }
 
+/// Bytes of the largest widened panel that one of `layers` needs.
+fn widened_bytes(layers: &[&PackedLinear], m: usize) -> usize {
+    layers.iter().map(|layer| layer.widened_bytes(m)).max().unwrap_or(0)
+}
+
+/// The pool of `ctx`, where so many multiplications are worth handing out.
+pub(crate) fn pool_for(ctx: &Context, work: usize) -> Option<Arc<ThreadPool>> {
+    ctx.pool().filter(|_| work >= PARALLEL_WORK).cloned()
+}
+
 /// The caller's threads, or none.
 #[derive(Clone, Copy)]
-struct Threads<'a>(Option<&'a rayon::ThreadPool>);
+pub(crate) struct Threads<'a>(pub(crate) Option<&'a ThreadPool>);
 
 impl Threads<'_> {
     fn count(self) -> usize {

@@ -25,6 +25,7 @@
 //! ```
 #![deny(unsafe_code)]
 
+mod experts;
 mod forward;
 mod io;
 #[allow(unsafe_code, reason = "instructions of particular CPUs are unsafe to call on others")]
@@ -33,12 +34,15 @@ mod packed;
 mod panel;
 pub mod roofline;
 mod rows;
+mod shared;
 mod storage;
 mod tile;
 
 #[cfg(test)]
 mod tests;
 
+pub use experts::{Route, forward_experts};
 pub use io::{Input, Output};
 pub use isa::kernels;
 pub use packed::PackedLinear;
+pub use shared::forward_shared;

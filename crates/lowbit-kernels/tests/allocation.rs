@@ -12,7 +12,9 @@ use lowbit_core::{
     ActivationScales, ActivationScheme, ActivationType, Context, Granularity, Linear, Mat,
     Outliers, QLinear, QMatrix, QuantScheme, Transform, f16,
 };
-use lowbit_kernels::{Input, Output, PackedLinear, kernels};
+use lowbit_kernels::{
+    Input, Output, PackedLinear, Route, forward_experts, forward_shared, kernels,
+};
 
 struct Counting;
 
@@ -74,12 +76,33 @@ fn a_warm_context_allocates_nothing() {
     let mut y = Mat::zeros(m, n);
     let mut halves = Mat::<f16>::zeros(m, n);
     let mut codes = Mat::<u8>::zeros(m, n);
+    let embedding =
+        QMatrix::quantize(w.as_ref(), QuantScheme::affine(4, Granularity::PerGroup(32)));
+    let embedding = embedding.unwrap();
+    let mut gathered = Mat::zeros(3, k);
+    count("gathered rows", &mut |_| {
+        embedding.dequantize_rows(&[7, 99, 7], gathered.as_mut()).unwrap();
+    });
+    let routes: Vec<_> = (0..80).map(|i| Route { token: i / 2, expert: i * 7 % 3 }).collect();
+    let mut routed = Mat::zeros(routes.len(), n);
+    let mut other = Mat::zeros(m, n);
     let int8_x = Mat::from_fn(m, k, |r, c| (r * k + c) as i8 / 2);
     for kernel in kernels() {
         for layer in [&layer, &int8, &uint8, &outliers, &rotated] {
             let packed = PackedLinear::with_kernel(layer, kernel).unwrap();
             count(&format!("{packed:?}"), &mut |ctx| {
                 packed.forward(x.as_ref(), y.as_mut(), ctx).unwrap();
+            });
+        }
+        for layer in [&layer, &rotated] {
+            let packed = PackedLinear::with_kernel(layer, kernel).unwrap();
+            count(&format!("{packed:?}, shared"), &mut |ctx| {
+                let outputs = &mut [y.as_mut(), other.as_mut()];
+                forward_shared(&[&packed, &packed], x.as_ref(), outputs, ctx).unwrap();
+            });
+            let experts = vec![packed; 3];
+            count(&format!("{:?}, as experts", experts[0]), &mut |ctx| {
+                forward_experts(&experts, &routes, x.as_ref(), routed.as_mut(), ctx).unwrap();
             });
         }
         let packed = PackedLinear::with_kernel(&int8, kernel).unwrap();

@@ -51,7 +51,9 @@ pub use lowbit_core::{
     TwoLevel, ZeroFormat, check_shapes, encode_row_int8, encode_row_uint8, group_sums, metrics,
     presets, quantize_row_int8, quantize_row_uint8, range,
 };
-pub use lowbit_kernels::{Input, Output, PackedLinear, kernels, roofline};
+pub use lowbit_kernels::{
+    Input, Output, PackedLinear, Route, forward_experts, forward_shared, kernels, roofline,
+};
 
 pub use lowbit_core::{fake_quant, integer};
 pub use lowbit_dtypes as dtypes;
