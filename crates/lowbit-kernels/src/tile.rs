@@ -43,6 +43,9 @@ pub(crate) trait Isa<const L: usize>: Copy {
     fn load_u16(self, x: &[u16; L]) -> Self::I32;
     fn load_i32(self, x: &[i32; L]) -> Self::I32;
     fn load_f32(self, x: &[f32; L]) -> Self::F32;
+    /// Asks for the cache line [`AHEAD`] bytes behind `codes`, if there is an instruction for it.
+    #[inline(always)]
+    fn prefetch(self, _codes: &[[u8; 4]; L]) {}
     fn store_codes(self, x: Self::I32, to: &mut [[u8; 4]; L]);
     fn store_f32(self, x: Self::F32, to: &mut [f32; L]);
     fn splat_a(self, a: [i8; 4]) -> Self::I32;
@@ -104,6 +107,10 @@ pub(crate) trait Isa<const L: usize>: Copy {
     /// `acc + a·b`, fused where the CPU can.
     fn mul_add(self, acc: Self::F32, a: Self::F32, b: Self::F32) -> Self::F32;
 }
+
+/// How far ahead of its use a code is fetched where each is used by a few rows only: memory is all that
+/// counts then.
+pub(crate) const AHEAD: usize = 2048;
 
 /// The codes of a step: words of a panel's rows, in `H` parts of `NV` vectors.
 type Step<const W: usize, const H: usize, const NV: usize, const L: usize> =
@@ -249,13 +256,18 @@ fn int8_rows<
             let mut dots = [[isa.zero_i32(); NV]; R];
             let mut high_dots = [[isa.zero_i32(); NV]; R];
             for s in 0..steps {
+                let mut words = [[isa.zero_i32(); W]; NV];
+                for w in 0..W {
+                    for v in 0..NV {
+                        words[v][w] = isa.load_codes(&codes[s][w][h][v]);
+                        if R <= 4 {
+                            isa.prefetch(&codes[s][w][h][v]);
+                        }
+                    }
+                }
                 let mut quads = [[isa.zero_i32(); Q]; NV];
                 for v in 0..NV {
-                    let mut words = [isa.zero_i32(); W];
-                    for w in 0..W {
-                        words[w] = isa.load_codes(&codes[s][w][h][v]);
-                    }
-                    quads[v] = C::quads(isa, words);
+                    quads[v] = C::quads(isa, words[v]);
                 }
                 for q in 0..Q {
                     let (mut low, mut high) = ([isa.zero_i32(); NV], [isa.zero_i32(); NV]);
@@ -507,13 +519,18 @@ fn f32_rows<
             let mut sums = [[isa.zero_f32(); NV]; R];
             // One output feature is one lane and adds from left to right, whatever R and NV are.
             for s in 0..steps {
+                let mut words = [[isa.zero_i32(); W]; NV];
+                for w in 0..W {
+                    for v in 0..NV {
+                        words[v][w] = isa.load_codes(&codes[s][w][h][v]);
+                        if R <= 4 {
+                            isa.prefetch(&codes[s][w][h][v]);
+                        }
+                    }
+                }
                 let mut quads = [[isa.zero_i32(); Q]; NV];
                 for v in 0..NV {
-                    let mut words = [isa.zero_i32(); W];
-                    for w in 0..W {
-                        words[w] = isa.load_codes(&codes[s][w][h][v]);
-                    }
-                    quads[v] = C::quads(isa, words);
+                    quads[v] = C::quads(isa, words[v]);
                 }
                 for q in 0..Q {
                     macro_rules! feature {

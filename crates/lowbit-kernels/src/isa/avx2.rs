@@ -141,6 +141,13 @@ impl<const VNNI: bool> Isa<8> for Avx<VNNI> {
     }
 
     #[inline(always)]
+    fn prefetch(self, codes: &[[u8; 4]; 8]) {
+        let ahead = codes.as_ptr().wrapping_byte_add(tile::AHEAD);
+        // SAFETY: see above; any address may be prefetched.
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(ahead.cast()) }
+    }
+
+    #[inline(always)]
     fn store_codes(self, x: __m256i, to: &mut [[u8; 4]; 8]) {
         // SAFETY: see above.
         unsafe { _mm256_storeu_si256(to.as_mut_ptr().cast(), x) }

@@ -116,6 +116,13 @@ impl Isa<16> for Avx512Vnni {
     }
 
     #[inline(always)]
+    fn prefetch(self, codes: &[[u8; 4]; 16]) {
+        let ahead = codes.as_ptr().wrapping_byte_add(tile::AHEAD);
+        // SAFETY: see above; any address may be prefetched.
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(ahead.cast()) }
+    }
+
+    #[inline(always)]
     fn store_codes(self, x: __m512i, to: &mut [[u8; 4]; 16]) {
         // SAFETY: see above.
         unsafe { _mm512_storeu_si512(to.as_mut_ptr().cast(), x) }
