@@ -21,7 +21,11 @@
 use lowbit_core::{Context, Fit, Mat, MatRef, QMatrix, QuantScheme, Result};
 use rayon::prelude::*;
 
-use crate::{Calibration, recipe::check_widths, transform::triangle_row};
+use crate::{
+    Calibration,
+    quadratic::{block, quadratic, quadratic_row},
+    recipe::check_widths,
+};
 
 /// AWQ's search for channel scales and for clipping bounds, on one grid.
 ///
@@ -90,7 +94,7 @@ impl Awq {
                         *delta = *delta / s - w;
                     }
                 }
-                loss += quadratic(&delta, triangle);
+                loss += quadratic(delta.as_ref(), triangle);
             }
             Ok(loss)
         };
@@ -207,68 +211,4 @@ fn scales(mean: &[f64], alpha: f64) -> Vec<f32> {
 fn sample(w: MatRef<'_, f32>) -> Mat<f32> {
     let rows = w.rows().min(ROWS);
     Mat::from_fn(rows, w.cols(), |r, c| w.get(r * w.rows() / rows, c).copied().unwrap_or_default())
-}
-
-/// `tr(D·H·Dᵀ)` for the lower triangle of H: products in f32, their sums over a row of H in f32, those
-/// sums in f64.
-fn quadratic(d: &Mat<f32>, triangle: &[f64]) -> f64 {
-    let mut h = vec![0.0; d.cols()];
-    let mut sum = 0.0;
-    for r in 0..d.cols() {
-        let row = triangle_row(triangle, r);
-        h.iter_mut().zip(row).for_each(|(h, &wide)| *h = wide as f32);
-        // Off the diagonal every product occurs twice.
-        h[r] *= 0.5;
-        for d in d.as_ref().iter_rows() {
-            sum += 2.0 * f64::from(d[r]) * f64::from(dot(&h[..=r], &d[..=r]));
-        }
-    }
-    sum
-}
-
-/// `d·H·dᵀ` for one row and the rows of a lower triangle with half the diagonal.
-fn quadratic_row(d: &[f32], h: &[Vec<f32>]) -> f64 {
-    let rows = h.iter().zip(d).enumerate();
-    rows.map(|(r, (h, &w))| 2.0 * f64::from(w) * f64::from(dot(h, &d[..=r]))).sum()
-}
-
-/// The block `start..end` of H as [`quadratic_row`] wants it.
-fn block(triangle: &[f64], start: usize, end: usize) -> Vec<Vec<f32>> {
-    let mut rows: Vec<Vec<f32>> = (start..end)
-        .map(|r| triangle_row(triangle, r)[start..=r].iter().map(|&h| h as f32).collect())
-        .collect();
-    rows.iter_mut().filter_map(|row| row.last_mut()).for_each(|diagonal| *diagonal *= 0.5);
-    rows
-}
-
-/// The same order of additions for every vector length.
-fn dot(a: &[f32], b: &[f32]) -> f32 {
-    struct Dot<'a>(&'a [f32], &'a [f32]);
-    impl pulp::WithSimd for Dot<'_> {
-        type Output = f32;
-
-        #[inline(always)]
-        fn with_simd<S: pulp::Simd>(self, _: S) -> f32 {
-            let ((a, a_rest), (b, b_rest)) = (self.0.as_chunks::<32>(), self.1.as_chunks::<32>());
-            let mut sums = [0.0_f32; 32];
-            for (a, b) in a.iter().zip(b) {
-                for lane in 0..32 {
-                    sums[lane] += a[lane] * b[lane];
-                }
-            }
-            let mut half = 16;
-            while half > 0 {
-                for lane in 0..half {
-                    sums[lane] += sums[lane + half];
-                }
-                half /= 2;
-            }
-            let mut sum = sums[0];
-            for (a, b) in a_rest.iter().zip(b_rest) {
-                sum += a * b;
-            }
-            sum
-        }
-    }
-    pulp::Arch::new().dispatch(Dot(a, b))
 }

@@ -69,6 +69,16 @@ pub const METHODS: &[Method] = &[
         Recipe { rotation: Some(1), ..Recipe::SMOOTHQUANT },
     ),
     Method::composed(
+        "smoothquant-rot-gptq",
+        "smoothquant-rot with error feedback",
+        SMOOTH_ROT_GPTQ,
+    ),
+    Method::composed(
+        "smoothquant-rot-gptq-tensor",
+        "the same, a scale for a whole text",
+        tensor(SMOOTH_ROT_GPTQ),
+    ),
+    Method::composed(
         "w8a8-rot",
         "w8a8 behind a rotation",
         Recipe { rotation: Some(1), ..Recipe::W8A8 },
@@ -108,6 +118,14 @@ pub const METHODS: &[Method] = &[
         "smooth-int4-g32",
         "int4-g32-zp behind SmoothQuant's scales",
         Recipe { scale: Recipe::SMOOTHQUANT.scale, ..Recipe::rounding(&INT4_G32_ZP) },
+    ),
+    Method::composed(
+        "awq-gptq-g32",
+        "GPTQ, int4-g32-zp behind searched scales",
+        Recipe {
+            scale: Some(ChannelScale::Awq(AWQ)),
+            ..Recipe::rounding(&Gptq::new(INT4_G32_ZP.scheme))
+        },
     ),
     Method::new("int3-g32", "3 bits, groups of 32", &symmetric(3, PerGroup(32))),
     Method::new("int3-g32-zp", "3 bits, groups of 32, zero-points", &affine(3, PerGroup(32))),
@@ -167,6 +185,12 @@ const fn table(levels: QuantType) -> Gptq {
 const INT4_G32_ZP: Rtn = affine(4, PerGroup(32));
 const AWQ: Awq = Awq { scheme: INT4_G32_ZP.scheme, fit: INT4_G32_ZP.fit };
 const SMOOTH_AUTO: ChannelScale = ChannelScale::SmoothQuant(SmoothQuant { alpha: Alpha::Searched });
+
+const SMOOTH_ROT_GPTQ: Recipe<'static> = Recipe {
+    rotation: Some(1),
+    rounding: &Gptq { fit: Recipe::INT8.fit, ..Gptq::new(Recipe::INT8.scheme) },
+    ..Recipe::SMOOTHQUANT
+};
 
 /// With a scale for activations that the whole input of a layer shares.
 const fn tensor(recipe: Recipe<'static>) -> Recipe<'static> {

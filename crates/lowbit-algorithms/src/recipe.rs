@@ -70,16 +70,20 @@ pub enum ChannelScale {
     Awq(Awq),
 }
 
-/// What quantizing to int8 makes of the weights, a scale for each row: that of bitsandbytes.
-const INT8: Rtn = Rtn {
-    scheme: QuantScheme { scale_format: ScaleFormat::F32, ..QuantScheme::symmetric(8, PerChannel) },
-    fit: presets::awq_sym(8, PerChannel).1,
-};
-
 impl Recipe<'static> {
+    /// Int8 weights with a scale for each row, `max|w| / 127`: the rounding of the methods below.
+    pub const INT8: Rtn = Rtn {
+        scheme: QuantScheme {
+            scale_format: ScaleFormat::F32,
+            ..QuantScheme::symmetric(8, PerChannel)
+        },
+        fit: presets::awq_sym(8, PerChannel).1,
+    };
     /// Int8 weights with a scale for each row, int8 activations with one for each token.
-    pub const W8A8: Self =
-        Self { activation: Some(ActivationScheme::INT8_PER_TOKEN), ..Recipe::rounding(&INT8) };
+    pub const W8A8: Self = Self {
+        activation: Some(ActivationScheme::INT8_PER_TOKEN),
+        ..Recipe::rounding(&Self::INT8)
+    };
     /// LLM.int8(): [`W8A8`](Self::W8A8) with outlier features in 16 bits.
     pub const LLM_INT8: Self = Self { outliers: Some(LlmInt8::PAPER), ..Self::W8A8 };
     /// SmoothQuant: [`W8A8`](Self::W8A8) behind scales of strength 0.5.

@@ -8,8 +8,10 @@ use std::{
 };
 
 use anyhow::{Context as _, Result, anyhow};
-use lowbit::{Linear, METHODS, Method, kernels};
-use lowbit_lm::{Checkpoint, Model, Protocol, Windows, eval::Baseline, measure_speed};
+use lowbit::{Linear, METHODS, Method, Quantizer, kernels};
+use lowbit_lm::{
+    Checkpoint, Model, Protocol, Windows, eval::Baseline, measure_speed, quantize::LayerReport,
+};
 use serde::Serialize;
 
 use crate::{Threads, model, new_file::NewFile, plot, progress};
@@ -25,12 +27,17 @@ pub(crate) struct Options {
     /// Text to measure the loss on [default: eval.tokens of the model, where it has one]
     #[arg(long, value_name = "FILE")]
     text: Option<PathBuf>,
-    /// What stands between two documents of the text, each of which is evaluated on its own
-    #[arg(long, value_name = "STRING", requires = "text")]
-    document_mark: Option<String>,
+    /// Bytes at the start of the text to pass over
+    #[arg(long, value_name = "N", requires = "text", default_value_t = 0)]
+    skip_bytes: usize,
     /// Tokens to measure the loss on, at most
     #[arg(long, value_name = "N", default_value = "12000")]
     max_tokens: NonZeroUsize,
+    #[command(flatten)]
+    calibration: model::CalibrationOptions,
+    /// Show what was done to each layer
+    #[arg(long)]
+    layers: bool,
     #[command(flatten)]
     threads: Threads,
     /// Kernel to multiply with [default: the best of this CPU]
@@ -78,7 +85,13 @@ pub(crate) fn run(options: &Options) -> Result<()> {
     let windows = windows(options, &checkpoint)?;
     let methods: Vec<_> = match &options.methods {
         Some(methods) => methods.clone(),
-        None => METHODS.iter().collect(),
+        // Those that can be: without a text to calibrate on, some cannot.
+        None => {
+            let calibrated = options.calibration.is_there(options.model.as_ref());
+            let possible =
+                |m: &&Method| calibrated || m.quantizer.needs() == lowbit::Needs::Nothing;
+            METHODS.iter().filter(possible).collect()
+        }
     };
 
     let mut table = Table::new(options.json);
@@ -112,11 +125,14 @@ pub(crate) fn run(options: &Options) -> Result<()> {
     table.head(&title)?;
     table.row(&rows[0])?;
 
-    let calibrations = model::calibrate(&model, options.model.as_ref(), &methods, &mut ctx)?;
+    let calibration = &options.calibration;
+    let texts = calibration.windows(&checkpoint, options.model.as_ref(), &methods)?;
     for method in methods {
-        let (quantized, weight_bytes) =
-            model::quantize(&model, &checkpoint, method, &calibrations, options.kernel, &mut ctx)
+        let texts = (texts.as_ref(), calibration);
+        let (quantized, layers) =
+            model::quantize(&model, &checkpoint, method, texts, options.kernel, &mut ctx)
                 .context(method.name)?;
+        let weight_bytes: usize = layers.iter().map(|layer| layer.bytes).sum();
         let bar = progress(windows.predicted(), &format!("{}: loss", method.name));
         let comparison =
             baseline.compare(&quantized, &mut ctx, |done| bar.set_position(done as u64))?;
@@ -134,6 +150,9 @@ pub(crate) fn run(options: &Options) -> Result<()> {
             decode_tokens_per_s: speed.decode_tokens_per_s,
         });
         table.row(&rows[rows.len() - 1])?;
+        if options.layers {
+            table.layers(&layers)?;
+        }
     }
 
     if let Some(file) = plot_file {
@@ -151,7 +170,8 @@ fn windows(options: &Options, checkpoint: &Checkpoint) -> Result<Windows> {
     if let Some(file) = &options.text {
         let protocol = Protocol {
             max_tokens: options.max_tokens.get(),
-            document_mark: options.document_mark.clone(),
+            document_mark: options.calibration.document_mark.clone(),
+            skip_bytes: options.skip_bytes,
             ..Protocol::default()
         };
         let text = model::read(file)?;
@@ -188,7 +208,7 @@ impl Table {
             return Ok(());
         }
         self.line(format!(
-            "{title}\n\n{:<14} {:>8} {:>9} {:>10} {:>9} {:>7} {:>13} {:>12}",
+            "{title}\n\n{:<20} {:>8} {:>9} {:>10} {:>9} {:>7} {:>13} {:>12}",
             "method", "bits/w", "MiB", "perplexity", "KL", "top-1", "prefill tok/s", "decode tok/s"
         ))
     }
@@ -198,7 +218,7 @@ impl Table {
             return Ok(());
         }
         self.line(format!(
-            "{:<14} {:>8.2} {:>9.2} {:>10.4} {:>9.5} {:>6.1}% {:>13.0} {:>12.0}",
+            "{:<20} {:>8.2} {:>9.2} {:>10.4} {:>9.5} {:>6.1}% {:>13.0} {:>12.0}",
             row.method,
             row.bits_per_weight,
             row.weight_bytes as f64 / f64::from(1 << 20),
@@ -208,6 +228,42 @@ impl Table {
             row.prefill_tokens_per_s,
             row.decode_tokens_per_s
         ))
+    }
+
+    fn layers(&mut self, layers: &[LayerReport]) -> Result<()> {
+        if self.json {
+            return Ok(());
+        }
+        self.line(format!(
+            "  {:<36} {:>8} {:>10} {:>6} {:>8} {:>9}  ",
+            "layer", "bits/w", "error", "alpha", "damping", "outliers"
+        ))?;
+        for layer in layers {
+            let dash = || "-".to_string();
+            let report = &layer.report;
+            let weights = layer.weights.max(1) as f64;
+            let mut notes = Vec::new();
+            if layer.scaled_at_run_time {
+                notes.push("input scaled at run time".to_string());
+            }
+            if report.fallback {
+                notes.push("rounded to nearest for want of calibration".to_string());
+            }
+            if report.dead_columns > 0 {
+                notes.push(format!("{} dead inputs", report.dead_columns));
+            }
+            self.line(format!(
+                "  {:<36} {:>8.2} {:>10} {:>6} {:>8} {:>8.2}%  {}",
+                layer.name,
+                layer.bytes as f64 * 8.0 / weights,
+                layer.error.map_or_else(dash, |error| format!("{error:.2e}")),
+                report.alpha.map_or_else(dash, |alpha| format!("{alpha:.2}")),
+                report.damping.map_or_else(dash, |damping| format!("{damping:.3}")),
+                report.outliers as f64 * 100.0 / weights,
+                notes.join(", "),
+            ))?;
+        }
+        Ok(())
     }
 
     fn line(&mut self, line: String) -> Result<()> {

@@ -35,6 +35,8 @@ pub(crate) struct Options {
     #[arg(long, value_name = "N", default_value_t = 0)]
     seed: u64,
     #[command(flatten)]
+    calibration: model::CalibrationOptions,
+    #[command(flatten)]
     threads: Threads,
 }
 
@@ -43,8 +45,10 @@ pub(crate) fn run(options: &Options) -> Result<()> {
     let checkpoint = model::open(options.model.as_ref())?;
     let mut model = Model::load(&checkpoint)?;
     if let Some(method) = options.method {
-        let calibrations = model::calibrate(&model, options.model.as_ref(), &[method], &mut ctx)?;
-        (model, _) = model::quantize(&model, &checkpoint, method, &calibrations, None, &mut ctx)?;
+        let calibration = &options.calibration;
+        let texts = calibration.windows(&checkpoint, options.model.as_ref(), &[method])?;
+        let texts = (texts.as_ref(), calibration);
+        (model, _) = model::quantize(&model, &checkpoint, method, texts, None, &mut ctx)?;
     }
     let sampling = Sampling {
         temperature: options.temperature,

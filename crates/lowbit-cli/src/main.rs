@@ -8,6 +8,7 @@ mod generate;
 mod inspect;
 mod model;
 mod new_file;
+mod outliers;
 mod plot;
 mod quantize;
 
@@ -36,6 +37,8 @@ enum Command {
     Inspect(inspect::Options),
     /// Perplexity of a model on a text
     Eval(eval::Options),
+    /// Which features of a model's activations are outliers
+    Outliers(outliers::Options),
     /// Continue a text
     Generate(generate::Options),
     /// Measure what this machine does
@@ -80,6 +83,7 @@ fn main() -> ExitCode {
         Command::Quantize(options) => quantize::run(&options),
         Command::Inspect(options) => inspect::run(&options),
         Command::Eval(options) => eval::run(&options),
+        Command::Outliers(options) => outliers::run(&options),
         Command::Generate(options) => generate::run(&options),
         Command::Bench(options) => bench::run(&options),
     };

@@ -1,16 +1,18 @@
 //! The model to work on: a folder of the user's, or the one that is part of the program.
 
 use std::{
+    num::NonZeroUsize,
     path::{Path, PathBuf},
     sync::Arc,
 };
 
 use anyhow::{Result, anyhow};
 use clap::builder::{PossibleValue, PossibleValuesParser, TypedValueParser};
-use lowbit::{
-    Calibration, Calibrations, Context, METHODS, Method, Needs, PackedLinear, Quantizer, kernels,
+use lowbit::{Context, Linear, METHODS, Method, Needs, PackedLinear, QLinear, Quantizer, kernels};
+use lowbit_lm::{
+    Checkpoint, Finished, Model, Protocol, Windows,
+    quantize::{self, LayerReport},
 };
-use lowbit_lm::{Checkpoint, Model, Windows, eval};
 
 use crate::progress;
 
@@ -52,56 +54,108 @@ pub(crate) fn read(file: &Path) -> Result<Vec<u8>> {
     std::fs::read(file).map_err(|e| anyhow!("cannot read {}: {e}", file.display()))
 }
 
-/// What `methods` need to know of the layers' inputs: nothing, or statistics over the documents in
-/// calibration.tokens of the model.
-pub(crate) fn calibrate(
-    model: &Model,
-    folder: Option<&PathBuf>,
-    methods: &[&Method],
-    ctx: &mut Context,
-) -> Result<Calibrations> {
-    let needs = methods.iter().map(|method| method.quantizer.needs()).max();
-    if needs.is_none_or(|needs| needs == Needs::Nothing) {
-        return Ok(Calibrations::new());
-    }
-    let second_moment = needs == Some(Needs::SecondMoment);
-    let file = folder.map(|folder| folder.join("calibration.tokens"));
-    let (file, tokens) = match &file {
-        None => ("calibration.tokens".to_string(), CALIBRATION_TOKENS.into()),
-        Some(file) => (file.display().to_string(), String::from_utf8(read(file)?)?),
-    };
-    let windows = Windows::from_tokens(model.config(), &file, &tokens)?;
-    let bar = progress(windows.predicted(), "calibrating");
-    let calibrations =
-        eval::calibrate(model, &windows, second_moment, ctx, |done| bar.set_position(done as u64))?;
-    bar.finish_and_clear();
-    Ok(calibrations)
+/// The texts that methods look at for statistics of the layers' inputs.
+#[derive(clap::Args)]
+pub(crate) struct CalibrationOptions {
+    /// Text to calibrate on [default: calibration.tokens of the model, where it has one]
+    #[arg(long, value_name = "FILE")]
+    calibration: Option<PathBuf>,
+    /// What stands between two documents of a text, each of which then stands on its own
+    #[arg(long, value_name = "STRING")]
+    pub(crate) document_mark: Option<String>,
+    /// Tokens to calibrate on, at most
+    #[arg(long, value_name = "N", default_value = "16000")]
+    calibration_tokens: NonZeroUsize,
+    /// Calibrate each set of layers on what the quantized sets before it in the same block give
+    #[arg(long)]
+    true_sequential: bool,
+    /// Folder for finished blocks: an interrupted command continues behind them
+    #[arg(long, value_name = "FOLDER")]
+    resume: Option<PathBuf>,
 }
 
-/// The model with every linear layer quantized and packed, and the bytes that those layers store.
+impl CalibrationOptions {
+    /// The texts; none if there are none and no method looks at them.
+    pub(crate) fn windows(
+        &self,
+        checkpoint: &Checkpoint,
+        folder: Option<&PathBuf>,
+        methods: &[&Method],
+    ) -> Result<Option<Windows>> {
+        let max_tokens = self.calibration_tokens.get();
+        if let Some(file) = &self.calibration {
+            let document_mark = self.document_mark.clone();
+            let protocol = Protocol { max_tokens, document_mark, ..Protocol::default() };
+            let text = read(file)?;
+            let file = file.display().to_string();
+            return Ok(Some(Windows::from_text(checkpoint, &file, &text, &protocol)?));
+        }
+        let needed = methods.iter().any(|method| method.quantizer.needs() > Needs::Nothing);
+        let file = folder.map(|folder| folder.join("calibration.tokens"));
+        let (file, tokens) = match &file {
+            None => ("calibration.tokens".to_string(), CALIBRATION_TOKENS.into()),
+            Some(_) if !needed => return Ok(None),
+            Some(file) => {
+                let tokens = std::fs::read_to_string(file).map_err(|e| {
+                    anyhow!(
+                        "cannot read {}: {e}; or give a text with --calibration FILE",
+                        file.display()
+                    )
+                })?;
+                (file.display().to_string(), tokens)
+            }
+        };
+        Ok(Some(Windows::from_tokens(checkpoint.config(), &file, &tokens)?.first(max_tokens)))
+    }
+
+    /// Is there a text for the model in `folder`?
+    pub(crate) fn is_there(&self, folder: Option<&PathBuf>) -> bool {
+        let file = folder.map(|folder| folder.join("calibration.tokens"));
+        self.calibration.is_some() || file.is_none_or(|file| file.exists())
+    }
+}
+
+/// The model with every linear layer quantized and packed, and what was done to each. Layers that no
+/// kernel computes yet are computed by the reference.
 pub(crate) fn quantize(
     model: &Model,
     checkpoint: &Checkpoint,
     method: &Method,
-    calibrations: &Calibrations,
+    (windows, calibration): (Option<&Windows>, &CalibrationOptions),
     kernel: Option<&str>,
     ctx: &mut Context,
-) -> Result<(Model, usize)> {
+) -> Result<(Model, Vec<LayerReport>)> {
     let bar = progress(checkpoint.linear_names().len(), &format!("{}: quantizing", method.name));
-    let mut bytes = 0;
-    let quantized = model.with_linears(checkpoint, |layer| {
-        let weight = layer.weight.as_ref();
-        let none = || Arc::new(Calibration::new(weight.cols()));
-        let calibration = calibrations.get(&layer.name).cloned().unwrap_or_else(none);
-        let q = method.quantizer.quantize(weight, &calibration, ctx)?.layer;
-        let q = q.with_bias(layer.bias)?;
-        bytes += q.bytes();
-        bar.inc(1);
-        Ok(Arc::new(match kernel {
-            Some(kernel) => PackedLinear::with_kernel(&q, kernel)?,
-            None => PackedLinear::new(&q)?,
-        }))
-    })?;
+    let mut reports = Vec::new();
+    let pack = |layer: QLinear| -> lowbit::Result<Arc<dyn Linear>> {
+        let packed = match kernel {
+            Some(kernel) => PackedLinear::with_kernel(&layer, kernel),
+            None => PackedLinear::new(&layer),
+        };
+        match packed {
+            Ok(packed) => Ok(Arc::new(packed)),
+            Err(lowbit::Error::Unsupported { .. }) if kernel.is_none() => Ok(Arc::new(layer)),
+            Err(e) => Err(e),
+        }
+    };
+    let folder = calibration.resume.as_ref().map(|folder| folder.join(method.name));
+    let options = quantize::Options {
+        true_sequential: calibration.true_sequential,
+        finished: folder.as_ref().map(|folder| Finished { folder, label: method.name }),
+    };
+    let quantized = quantize::quantize(
+        model,
+        checkpoint,
+        &method.quantizer,
+        windows,
+        options,
+        ctx,
+        pack,
+        |report| {
+            reports.push(report.clone());
+            bar.inc(1);
+        },
+    )?;
     bar.finish_and_clear();
-    Ok((quantized, bytes))
+    Ok((quantized, reports))
 }

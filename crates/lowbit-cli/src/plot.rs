@@ -1,6 +1,7 @@
 //! Quality against size, as a picture.
 
 use anyhow::Result;
+use lowbit_lm::outliers::{self, Outliers};
 use plotters::prelude::*;
 
 use crate::compare::Row;
@@ -71,6 +72,52 @@ pub(crate) fn svg(model: &str, rows: &[Row]) -> Result<String> {
             root.draw(&Circle::new(point, 5, RGBColor(0x1f, 0x77, 0xb4).filled()))?;
             root.draw(&Text::new(row.method.clone(), (left, top + 2), (FONT, 14)))?;
         }
+        root.present()?;
+    }
+    Ok(svg)
+}
+
+/// Draws the largest magnitude (logarithmic) of each feature of the residual stream in each layer that
+/// reads it, those of outlier features in another colour, and returns the SVG.
+pub(crate) fn outliers(model: &str, found: &Outliers) -> Result<String> {
+    let inputs: Vec<_> = found.inputs.iter().filter(|input| input.layers.len() > 1).collect();
+    let features = inputs.first().map_or(0, |input| input.largest.len());
+    let points = || {
+        let of = |input: &&'_ outliers::Input| input.largest.clone().into_iter().enumerate();
+        inputs.iter().flat_map(of).filter(|(_, x)| *x > 0.0)
+    };
+    let ends = points()
+        .fold((found.threshold, found.threshold), |(lo, hi), (_, x)| (lo.min(x), hi.max(x)));
+    let outliers: Vec<_> =
+        found.features.iter().filter(|f| f.is_outlier()).map(|f| f.feature).collect();
+    let mut svg = String::new();
+    {
+        let root = SVGBackend::with_string(&mut svg, SIZE).into_drawing_area();
+        root.fill(&WHITE)?;
+        let mut chart = ChartBuilder::on(&root)
+            .caption(format!("{model}: largest activations of each layer"), (FONT, 20))
+            .margin(16)
+            .x_label_area_size(48)
+            .y_label_area_size(80)
+            .build_cartesian_2d(0..features.max(1), (ends.0 / 1.5..ends.1 * 1.5).log_scale())?;
+        chart
+            .configure_mesh()
+            .x_desc("feature of the residual stream")
+            .y_desc("largest magnitude over all positions")
+            .light_line_style(WHITE)
+            .bold_line_style(BLACK.mix(0.12))
+            .label_style((FONT, 14))
+            .axis_desc_style((FONT, 16))
+            .draw()?;
+        let line = [(0, found.threshold), (features.max(1), found.threshold)];
+        chart.draw_series([PathElement::new(line, BLACK.mix(0.5))])?;
+        chart.draw_series(points().map(|(feature, x)| {
+            let colour = match outliers.contains(&feature) {
+                true => RGBColor(0xd6, 0x27, 0x28),
+                false => RGBColor(0x1f, 0x77, 0xb4),
+            };
+            Circle::new((feature, x), 3, colour.mix(0.6).filled())
+        }))?;
         root.present()?;
     }
     Ok(svg)

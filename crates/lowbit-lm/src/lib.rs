@@ -6,7 +6,8 @@
 //!                              ├─ eval, over Windows           perplexity, KL, top-1 agreement
 //!                              ├─ eval::calibrate              statistics of each layer's inputs
 //!                              ├─ measure_speed                tokens/s
-//!                              └─ with_linears                 the same model, quantized
+//!                              ├─ with_linears                 the same model, quantized
+//!                              └─ quantize                     block by block, on its own inputs
 //! ```
 //!
 //! Everything runs on the [`Context`](lowbit::Context)'s threads, and gives the same bits for any
@@ -47,11 +48,14 @@ mod config;
 mod dense;
 mod error;
 pub mod eval;
+mod finished;
 mod generate;
 mod kv;
 pub mod llama_gguf;
 mod model;
 mod ops;
+pub mod outliers;
+pub mod quantize;
 mod speed;
 #[cfg(test)]
 mod tests;
@@ -62,6 +66,7 @@ pub use checkpoint::{Checkpoint, LinearWeights, open_tensors};
 pub use config::{Config, Llama3Scaling};
 pub use dense::DenseLinear;
 pub use error::Error;
+pub use finished::Finished;
 pub use generate::{Generated, Sampling, Stop, generate};
 pub use kv::KvCache;
 pub use model::Model;

@@ -4,7 +4,7 @@ use lowbit::{Context, Linear, Mat, MatMut, MatRef, PackedLinear};
 
 use crate::{
     Checkpoint, Config, DenseLinear, Error, KvCache, LinearWeights, Result,
-    checkpoint::{EMBEDDING, HEAD, NORM, block_linears, block_norms},
+    checkpoint::{EMBEDDING, HEAD, LinearSpec, NORM, block_linears, block_norms},
     kv::KvBlock,
     ops,
 };
@@ -30,32 +30,45 @@ pub struct Model {
 struct Trunk {
     config: Config,
     embedding: Mat<f32>,
-    /// Before attention and before the MLP of each block.
-    norms: Vec<[Vec<f32>; 2]>,
     norm: Vec<f32>,
     head: DenseLinear,
     /// Radians per position, for each pair of a head.
     frequencies: Vec<f32>,
 }
 
-/// The linear layers of a block.
-struct Block {
-    q: Layer,
-    k: Layer,
-    v: Layer,
-    o: Layer,
-    gate: Layer,
-    up: Layer,
-    down: Layer,
+/// The linear layers of a block, and the gains before attention and before the MLP.
+pub(crate) struct Block {
+    pub(crate) norms: Arc<[Vec<f32>; 2]>,
+    /// q, k, v, o, gate, up and down.
+    pub(crate) layers: [Layer; 7],
 }
 
-struct Layer {
-    name: String,
-    linear: Arc<dyn Linear>,
+pub(crate) struct Layer {
+    pub(crate) name: String,
+    pub(crate) linear: Arc<dyn Linear>,
 }
 
-/// Called with the names of the linear layers that are about to get the input beside them.
-type Observer<'a> = &'a mut (dyn FnMut(&[&str], MatRef<'_, f32>) -> Result<()> + Send);
+/// The layers of a block that share an input: q, k and v; o; gate and up; down.
+pub(crate) const SETS: [std::ops::Range<usize>; 4] = [0..3, 3..4, 4..6, 6..7];
+
+/// Sine and cosine of the rotary embeddings, `(tokens, head_dim / 2)`, from token `past` on.
+pub(crate) struct Angles {
+    past: usize,
+    sin: Vec<f32>,
+    cos: Vec<f32>,
+}
+
+/// What a block shows of itself while it computes.
+pub(crate) struct Seen<'a> {
+    /// Index of [`SETS`]: the layers that are about to get `x`.
+    pub(crate) set: usize,
+    pub(crate) layers: &'a [Layer],
+    pub(crate) x: MatRef<'a, f32>,
+    /// The residual stream so far.
+    pub(crate) residual: &'a [f32],
+}
+
+type Observer<'a> = &'a mut (dyn FnMut(Seen<'_>) -> Result<()> + Send);
 
 impl Model {
     /// Reads the whole model into memory: layers that are quantized as they are, all others in f32.
@@ -80,7 +93,7 @@ impl Model {
                 },
             }
         };
-        Ok(Self { trunk, blocks: blocks(checkpoint, make)? })
+        Ok(Self { trunk, blocks: blocks(checkpoint, all_norms(checkpoint)?, make)? })
     }
 
     /// Reads the model, with linear layers that `make` builds from their weights: called for each
@@ -94,7 +107,13 @@ impl Model {
         make: impl FnMut(LinearWeights) -> lowbit::Result<Arc<dyn Linear>>,
     ) -> Result<Self> {
         let trunk = Arc::new(Trunk::load(checkpoint)?);
-        Ok(Self { trunk, blocks: blocks(checkpoint, from_weights(checkpoint, make))? })
+        let norms = all_norms(checkpoint)?;
+        Ok(Self { trunk, blocks: blocks(checkpoint, norms, from_weights(checkpoint, make))? })
+    }
+
+    /// This model with other blocks.
+    pub(crate) fn with_blocks(&self, blocks: Vec<Block>) -> Self {
+        Self { trunk: self.trunk.clone(), blocks }
     }
 
     /// This model with other linear layers, built as in [`load_with`](Self::load_with) from its
@@ -107,12 +126,18 @@ impl Model {
         checkpoint: &Checkpoint,
         make: impl FnMut(LinearWeights) -> lowbit::Result<Arc<dyn Linear>>,
     ) -> Result<Self> {
-        if *checkpoint.config() != self.trunk.config {
-            let name = checkpoint.name();
-            return Err(Error::Invalid(format!("{name} is not the checkpoint of this model")));
+        self.check_checkpoint(checkpoint)?;
+        let norms = self.blocks.iter().map(|block| block.norms.clone()).collect();
+        Ok(self.with_blocks(blocks(checkpoint, norms, from_weights(checkpoint, make))?))
+    }
+
+    /// Is `checkpoint` of the shape of this model?
+    pub(crate) fn check_checkpoint(&self, checkpoint: &Checkpoint) -> Result<()> {
+        if *checkpoint.config() == self.trunk.config {
+            return Ok(());
         }
-        let blocks = blocks(checkpoint, from_weights(checkpoint, make))?;
-        Ok(Self { trunk: self.trunk.clone(), blocks })
+        let name = checkpoint.name();
+        Err(Error::Invalid(format!("{name} is not the checkpoint of this model")))
     }
 
     /// The model's shape.
@@ -124,7 +149,7 @@ impl Model {
     pub fn linears(&self) -> impl Iterator<Item = (&str, &Arc<dyn Linear>)> {
         self.blocks
             .iter()
-            .flat_map(|b| [&b.q, &b.k, &b.v, &b.o, &b.gate, &b.up, &b.down])
+            .flat_map(|block| &block.layers)
             .map(|layer| (layer.name.as_str(), &layer.linear))
     }
 
@@ -141,7 +166,7 @@ impl Model {
         cache: &mut KvCache,
         ctx: &mut Context,
     ) -> Result<Mat<f32>> {
-        let x = self.run(tokens, cache, ctx, &mut |_, _| Ok(()))?;
+        let x = self.run(tokens, cache, ctx, &mut |_| Ok(()))?;
         self.trunk.logits(&x, ctx)
     }
 
@@ -155,7 +180,7 @@ impl Model {
         cache: &mut KvCache,
         ctx: &mut Context,
     ) -> Result<Vec<f32>> {
-        let x = self.run(tokens, cache, ctx, &mut |_, _| Ok(()))?;
+        let x = self.run(tokens, cache, ctx, &mut |_| Ok(()))?;
         let last = x.len().saturating_sub(self.trunk.config.hidden_size);
         Ok(self.trunk.logits(&x[last..], ctx)?.data().to_vec())
     }
@@ -172,7 +197,11 @@ impl Model {
         ctx: &mut Context,
         mut observe: impl FnMut(&[&str], MatRef<'_, f32>) -> Result<()> + Send,
     ) -> Result<()> {
-        self.run(tokens, cache, ctx, &mut observe).map(|_| ())
+        self.run(tokens, cache, ctx, &mut |seen| {
+            let names: Vec<_> = seen.layers.iter().map(|layer| layer.name.as_str()).collect();
+            observe(&names, seen.x)
+        })
+        .map(|_| ())
     }
 
     /// The residual stream behind the last block, before the norm.
@@ -219,41 +248,67 @@ impl Model {
         ctx: &mut Context,
         observe: Observer<'_>,
     ) -> Result<Vec<f32>> {
-        let Trunk { config: c, embedding, norms, frequencies, .. } = &*self.trunk;
-        let (m, hidden, half) = (tokens.len(), c.hidden_size, c.head_dim / 2);
         let past = cache.len();
-
-        let mut x = Vec::with_capacity(m * hidden);
-        for &token in tokens {
-            x.extend_from_slice(embedding.as_ref().row(token as usize).unwrap_or(&[]));
+        let mut x = self.embed(tokens);
+        let angles = self.angles(past, tokens.len());
+        for (block, kv) in self.blocks.iter().zip(&mut cache.blocks) {
+            self.run_block(block, &mut x, &angles, kv, ctx, observe)?;
         }
+        Ok(x)
+    }
+
+    /// The rotary embeddings of `m` tokens from `past` on.
+    pub(crate) fn angles(&self, past: usize, m: usize) -> Angles {
+        let frequencies = &self.trunk.frequencies;
         let angles = (past..past + m).flat_map(|p| frequencies.iter().map(move |f| p as f32 * f));
-        let (sin, cos): (Vec<f32>, Vec<f32>) = angles.map(f32::sin_cos).unzip();
+        let (sin, cos) = angles.map(f32::sin_cos).unzip();
+        Angles { past, sin, cos }
+    }
+
+    /// The residual stream before the first block, `(tokens, hidden_size)`. Tokens have been checked.
+    pub(crate) fn embed(&self, tokens: &[u32]) -> Vec<f32> {
+        let embedding = self.trunk.embedding.as_ref();
+        let row = |&token: &u32| embedding.row(token as usize).unwrap_or(&[]);
+        tokens.iter().flat_map(row).copied().collect()
+    }
+
+    /// Runs one block over the residual stream `x` of the tokens that `angles` are of.
+    pub(crate) fn run_block(
+        &self,
+        block: &Block,
+        x: &mut [f32],
+        angles: &Angles,
+        kv: &mut KvBlock,
+        ctx: &mut Context,
+        observe: Observer<'_>,
+    ) -> Result<()> {
+        let c = &self.trunk.config;
+        let (hidden, half) = (c.hidden_size, c.head_dim / 2);
+        let m = x.len() / hidden;
+        let Angles { past, sin, cos } = angles;
 
         let zeros = |cols| vec![0.0; m * cols];
         let (mut h, mut y) = (zeros(hidden), zeros(hidden));
         let (mut q, mut k, mut v) = (zeros(c.q_size()), zeros(c.kv_size()), zeros(c.kv_size()));
+
+        ops::rms_norm(ctx, x, &block.norms[0], c.rms_norm_eps, &mut h);
+        block.apply(0, (x, &h), [&mut q, &mut k, &mut v], m, ctx, observe)?;
+        ops::rope(ctx, &mut q, c.q_size(), half, (cos, sin));
+        ops::rope(ctx, &mut k, c.kv_size(), half, (cos, sin));
+        kv.k.extend_from_slice(&k);
+        kv.v.extend_from_slice(&v);
         let mut a = zeros(c.q_size());
+        attention(c, ctx, &q, kv, *past, &mut a);
+        block.apply(1, (x, &a), [&mut y], m, ctx, observe)?;
+        ops::add(ctx, x, &y);
+
         let (mut gate, mut up) = (zeros(c.intermediate_size), zeros(c.intermediate_size));
-
-        for ((block, norms), kv) in self.blocks.iter().zip(norms).zip(&mut cache.blocks) {
-            ops::rms_norm(ctx, &x, &norms[0], c.rms_norm_eps, &mut h);
-            apply([&block.q, &block.k, &block.v], &h, [&mut q, &mut k, &mut v], m, ctx, observe)?;
-            ops::rope(ctx, &mut q, c.q_size(), half, (&cos, &sin));
-            ops::rope(ctx, &mut k, c.kv_size(), half, (&cos, &sin));
-            kv.k.extend_from_slice(&k);
-            kv.v.extend_from_slice(&v);
-            attention(c, ctx, &q, kv, past, &mut a);
-            apply([&block.o], &a, [&mut y], m, ctx, observe)?;
-            ops::add(ctx, &mut x, &y);
-
-            ops::rms_norm(ctx, &x, &norms[1], c.rms_norm_eps, &mut h);
-            apply([&block.gate, &block.up], &h, [&mut gate, &mut up], m, ctx, observe)?;
-            ops::swiglu(ctx, &mut gate, &up);
-            apply([&block.down], &gate, [&mut y], m, ctx, observe)?;
-            ops::add(ctx, &mut x, &y);
-        }
-        Ok(x)
+        ops::rms_norm(ctx, x, &block.norms[1], c.rms_norm_eps, &mut h);
+        block.apply(2, (x, &h), [&mut gate, &mut up], m, ctx, observe)?;
+        ops::swiglu(ctx, &mut gate, &up);
+        block.apply(3, (x, &gate), [&mut y], m, ctx, observe)?;
+        ops::add(ctx, x, &y);
+        Ok(())
     }
 }
 
@@ -272,14 +327,8 @@ impl Trunk {
             false => DenseLinear::new(checkpoint.matrix(HEAD)?.as_ref(), None),
         };
         let head = head.map_err(|cause| Error::Layer { layer: HEAD.into(), cause })?;
-        let norms = (0..config.num_hidden_layers)
-            .map(|layer| {
-                let [attention, mlp] = block_norms(layer);
-                Ok([checkpoint.vector(&attention)?, checkpoint.vector(&mlp)?])
-            })
-            .collect::<Result<_>>()?;
         let norm = checkpoint.vector(NORM)?;
-        Ok(Self { frequencies: frequencies(&config), config, embedding, norms, norm, head })
+        Ok(Self { frequencies: frequencies(&config), config, embedding, norm, head })
     }
 
     fn logits(&self, x: &[f32], ctx: &mut Context) -> Result<Mat<f32>> {
@@ -297,6 +346,17 @@ fn dense(weights: LinearWeights) -> lowbit::Result<Arc<dyn Linear>> {
     Ok(Arc::new(DenseLinear::new(weights.weight.as_ref(), weights.bias)?))
 }
 
+/// The gains of block `layer`.
+pub(crate) fn norms(checkpoint: &Checkpoint, layer: usize) -> Result<[Vec<f32>; 2]> {
+    let [attention, mlp] = block_norms(layer);
+    Ok([checkpoint.vector(&attention)?, checkpoint.vector(&mlp)?])
+}
+
+fn all_norms(checkpoint: &Checkpoint) -> Result<Vec<Arc<[Vec<f32>; 2]>>> {
+    let layers = 0..checkpoint.config().num_hidden_layers;
+    layers.map(|layer| norms(checkpoint, layer).map(Arc::new)).collect()
+}
+
 /// Hands the f32 weights of the layer of a name to `make`.
 fn from_weights(
     checkpoint: &Checkpoint,
@@ -310,50 +370,69 @@ fn from_weights(
 
 fn blocks(
     checkpoint: &Checkpoint,
+    norms: Vec<Arc<[Vec<f32>; 2]>>,
     mut make: impl FnMut(&str) -> Result<Arc<dyn Linear>>,
 ) -> Result<Vec<Block>> {
     let c = checkpoint.config();
-    (0..c.num_hidden_layers)
-        .map(|layer| {
+    (norms.into_iter().enumerate())
+        .map(|(layer, norms)| {
             let mut layers = Vec::with_capacity(7);
-            for spec in block_linears(c, layer) {
-                let (name, expected) = (spec.name, spec.shape);
+            for LinearSpec { name, shape, .. } in block_linears(c, layer) {
                 let linear = make(&name)?;
-                let got = (linear.out_features(), linear.in_features());
-                if got != expected {
-                    return Err(Error::LayerShape { layer: name, expected, got });
-                }
-                layers.push(Layer { name, linear });
+                layers.push(Layer::new(name, shape, linear)?);
             }
-            match <[Layer; 7]>::try_from(layers) {
-                Ok([q, k, v, o, gate, up, down]) => Ok(Block { q, k, v, o, gate, up, down }),
-                Err(_) => Err(Error::Invalid("a block has seven linear layers".into())),
-            }
+            Block::new(norms, layers)
         })
         .collect()
 }
 
-/// Applies layers that share the input `x` of `m` rows.
-fn apply<const N: usize>(
-    layers: [&Layer; N],
-    x: &[f32],
-    outputs: [&mut Vec<f32>; N],
-    m: usize,
-    ctx: &mut Context,
-    observe: Observer<'_>,
-) -> Result<()> {
-    let error = |layer: &Layer| {
-        let layer = layer.name.clone();
-        |cause| Error::Layer { layer, cause }
-    };
-    let x = MatRef::new(x, m, layers[0].linear.in_features()).map_err(error(layers[0]))?;
-    observe(&layers.map(|layer| layer.name.as_str()), x)?;
-    for (layer, y) in layers.into_iter().zip(outputs) {
-        MatMut::new(y, m, layer.linear.out_features())
-            .and_then(|y| layer.linear.forward(x, y, ctx))
-            .map_err(error(layer))?;
+impl Layer {
+    /// A layer for a place of the shape `expected`.
+    pub(crate) fn new(
+        name: String,
+        expected: (usize, usize),
+        linear: Arc<dyn Linear>,
+    ) -> Result<Self> {
+        let got = (linear.out_features(), linear.in_features());
+        if got != expected {
+            return Err(Error::LayerShape { layer: name, expected, got });
+        }
+        Ok(Self { name, linear })
     }
-    Ok(())
+}
+
+impl Block {
+    pub(crate) fn new(norms: Arc<[Vec<f32>; 2]>, layers: Vec<Layer>) -> Result<Self> {
+        match <[Layer; 7]>::try_from(layers) {
+            Ok(layers) => Ok(Self { norms, layers }),
+            Err(_) => Err(Error::Invalid("a block has seven linear layers".into())),
+        }
+    }
+
+    /// Applies the layers of a set to the input `x` of `m` rows.
+    fn apply<const N: usize>(
+        &self,
+        set: usize,
+        (residual, x): (&[f32], &[f32]),
+        outputs: [&mut Vec<f32>; N],
+        m: usize,
+        ctx: &mut Context,
+        observe: Observer<'_>,
+    ) -> Result<()> {
+        let layers = &self.layers[SETS[set].clone()];
+        let error = |layer: &Layer| {
+            let layer = layer.name.clone();
+            |cause| Error::Layer { layer, cause }
+        };
+        let x = MatRef::new(x, m, layers[0].linear.in_features()).map_err(error(&layers[0]))?;
+        observe(Seen { set, layers, x, residual })?;
+        for (layer, y) in layers.iter().zip(outputs) {
+            MatMut::new(y, m, layer.linear.out_features())
+                .and_then(|y| layer.linear.forward(x, y, ctx))
+                .map_err(error(layer))?;
+        }
+        Ok(())
+    }
 }
 
 /// Query rows in a task; the scores of so many rows are in memory at a time.

@@ -1,0 +1,450 @@
+//! A whole model, block by block: each block is calibrated on what the quantized blocks before it give.
+//!
+//! ```text
+//! residual stream of every calibration text, as the quantized blocks before have left it
+//!   ├─ run the f32 block: statistics of the inputs of its four sets of layers
+//!   ├─ scales of channels, folded into the layers before; the seven layers quantized
+//!   └─ run the quantized block: the stream that the next block will see
+//! ```
+//!
+//! In memory are one block in f32, its statistics, and the streams: `tokens · hidden_size` numbers. A
+//! recipe that makes up for what earlier layers have lost ([`Quantizer::target_share`]) takes the streams of
+//! the f32 model beside them.
+
+use std::sync::Arc;
+
+use lowbit::{
+    Calibration, Context, Drift, Linear, Mat, MatRef, Needs, QLinear, Quantized, Quantizer, Recipe,
+    Report, Transform, relative_loss,
+};
+
+use crate::{
+    Checkpoint, DenseLinear, Error, LinearWeights, Model, Result, Windows,
+    checkpoint::{LinearSpec, block_linears},
+    finished::{Finished, Kept, Key},
+    kv::KvBlock,
+    model::{Block, Layer, SETS, norms},
+};
+
+/// How a whole model is quantized, beside the [`Recipe`].
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Options<'a> {
+    /// Calibrates each set of layers on what the quantized sets before it in the same block give: four
+    /// runs of each block instead of one. Scales are then folded into norms only, since the layers before
+    /// are quantized already.
+    pub true_sequential: bool,
+    /// Where to keep finished blocks, and to look for those of an interrupted run.
+    pub finished: Option<Finished<'a>>,
+}
+
+/// What was done to one layer.
+#[derive(Clone, Debug, PartialEq)]
+pub struct LayerReport {
+    /// Its name in the checkpoint.
+    pub name: String,
+    /// Its weights.
+    pub weights: usize,
+    /// [`QLinear::bytes`].
+    pub bytes: usize,
+    /// `tr(ΔW·H·ΔWᵀ) / tr(W·H·Wᵀ)`, the relative squared error of its outputs on the calibration texts
+    /// with exact activations; `None` if nothing needed the second moment H.
+    pub error: Option<f64>,
+    /// Whether its input is scaled at run time, since no layer before it could take the scale.
+    pub scaled_at_run_time: bool,
+    /// What the method decided.
+    pub report: Report,
+}
+
+/// Quantizes the linear layers of `checkpoint` by `recipe`, on statistics of the texts `windows`, which a
+/// recipe that needs none can do without.
+///
+/// `make` turns each quantized layer into what will compute it, such as a
+/// [`PackedLinear`](lowbit::PackedLinear). `progress` is called after each layer with its report. Scales
+/// of channels go into the norm before (q, k, v; gate, up), into the rows of up (down), and into those of
+/// v (o) where every query has its own key; elsewhere the input is scaled at run time.
+///
+/// # Errors
+/// [`Error::File`] and [`Error::Io`] for a folder of finished blocks that is of another run or cannot be
+/// written; [`Error::Invalid`] if `checkpoint` is not that of `model`; [`Error::Layer`] with what the recipe or
+/// `make` returned; those of [`Model::forward`]. The model is not changed.
+///
+/// # Example
+/// ```no_run
+/// # fn main() -> Result<(), lowbit_lm::Error> {
+/// use std::sync::Arc;
+/// use lowbit::{Context, PackedLinear, Recipe};
+/// use lowbit_lm::{Checkpoint, Model, Windows, quantize};
+///
+/// let checkpoint = Checkpoint::open("models/stories3m")?;
+/// let windows = Windows::from_tokens(checkpoint.config(), "a text", "1 403 407 261 378 432")?;
+/// let model = Model::load(&checkpoint)?;
+/// let quantized = quantize::quantize(
+///     &model, &checkpoint, &Recipe::SMOOTHQUANT, Some(&windows), quantize::Options::default(),
+///     &mut Context::new(),
+///     |layer| Ok(Arc::new(PackedLinear::new(&layer)?)),
+///     |report| println!("{}: alpha {:?}", report.name, report.report.alpha),
+/// )?;
+/// # let _ = quantized;
+/// # Ok(())
+/// # }
+/// ```
+#[allow(clippy::too_many_arguments, reason = "what to quantize, how, and two callbacks")]
+pub fn quantize(
+    model: &Model,
+    checkpoint: &Checkpoint,
+    recipe: &Recipe<'_>,
+    windows: Option<&Windows>,
+    options: Options<'_>,
+    ctx: &mut Context,
+    mut make: impl FnMut(QLinear) -> lowbit::Result<Arc<dyn Linear>>,
+    mut progress: impl FnMut(&LayerReport),
+) -> Result<Model> {
+    model.check_checkpoint(checkpoint)?;
+    let wanted = Wanted { needs: recipe.needs(), share: recipe.target_share() };
+    let mut texts: Vec<Text> = match wanted.needs {
+        Needs::Nothing => Vec::new(),
+        _ => (windows.iter().flat_map(|windows| windows.iter()))
+            .map(|tokens| Text::new(model, tokens, wanted.share > 0.0))
+            .collect(),
+    };
+    let mut run = Key::EMPTY;
+    if let Some(finished) = &options.finished {
+        run.add(finished.label.bytes().map(u32::from));
+        run.add([u32::from(options.true_sequential)]);
+        run.add(windows.iter().flat_map(|windows| windows.iter()).flatten().copied());
+    }
+    let mut blocks = Vec::new();
+    for index in 0..checkpoint.config().num_hidden_layers {
+        let mut work = Work::load(checkpoint, index)?;
+        let dense = work.dense()?;
+        let mut block = work.dense()?;
+        let mut key = run;
+        if options.finished.is_some() {
+            key.add(work.weights.iter().flat_map(|w| w.weight.data()).map(|w| w.to_bits()));
+        }
+        let names: Vec<_> = work.specs.iter().map(|spec| spec.name.as_str()).collect();
+        let kept = match &options.finished {
+            Some(finished) => finished.read(index, &names, key.0)?,
+            None => None,
+        };
+        if let Some(kept) = kept {
+            for (i, (layer, report)) in kept.layers.into_iter().enumerate() {
+                block.layers[i] = work.layer(i, make(layer))?;
+                progress(&report);
+            }
+            block.norms = Arc::new(kept.norms);
+            for text in &mut texts {
+                text.advance(model, &dense, &block, ctx)?;
+            }
+            blocks.push(block);
+            continue;
+        }
+        let mut keep = Vec::new();
+        let together = if options.true_sequential { 1 } else { SETS.len() };
+        for group in (0..SETS.len()).step_by(together).map(|first| first..first + together) {
+            let runs = (model, &dense, &block);
+            let mut statistics = work.observe(runs, group.clone(), wanted, &texts, ctx)?;
+            for (seen, set) in statistics.iter().zip(group.clone()) {
+                work.shift(set, seen, wanted.share, ctx)?;
+            }
+            let mut leftover = [const { None }; 4];
+            for (seen, set) in statistics.iter_mut().zip(group.clone()) {
+                let before = SETS_BEFORE[set].is_none_or(|before| group.contains(&before));
+                leftover[set] = work.scale(recipe, set, &mut seen.calibration, before, ctx)?;
+            }
+            // What no layer before can take is scaled at run time; the rest has vanished.
+            let recipe = Recipe { scale: None, ..*recipe };
+            for (seen, set) in statistics.iter().zip(group.clone()) {
+                for i in SETS[set].clone() {
+                    let before = leftover[set].clone();
+                    let (layer, report) =
+                        work.quantize(&recipe, i, &seen.calibration, before, ctx)?;
+                    if options.finished.is_some() {
+                        keep.push((layer.clone(), report.clone()));
+                    }
+                    block.layers[i] = work.layer(i, make(layer))?;
+                    progress(&report);
+                }
+            }
+            // Scales have been folded into them.
+            block.norms = Arc::new(work.norms.clone());
+        }
+        if let Some(finished) = &options.finished {
+            finished.write(index, &Kept { norms: work.norms, layers: keep }, key.0)?;
+        }
+        for text in &mut texts {
+            text.advance(model, &dense, &block, ctx)?;
+        }
+        blocks.push(block);
+    }
+    Ok(model.with_blocks(blocks))
+}
+
+/// The set whose layers can take a scale of another set's input; `None` for a norm.
+const SETS_BEFORE: [Option<usize>; 4] = [None, Some(0), None, Some(2)];
+
+/// What a recipe wants to know.
+#[derive(Clone, Copy)]
+struct Wanted {
+    needs: Needs,
+    /// Of what earlier layers have lost: see [`Quantizer::target_share`].
+    share: f64,
+}
+
+/// Statistics of the input of a set of layers.
+struct Statistics {
+    calibration: Calibration,
+    drift: Option<Drift>,
+}
+
+/// The residual stream of a calibration text.
+struct Text {
+    x: Vec<f32>,
+    /// That of the f32 model, if anyone wants to know.
+    x_f32: Option<Vec<f32>>,
+    tokens: usize,
+}
+
+impl Text {
+    fn new(model: &Model, tokens: &[u32], with_f32: bool) -> Self {
+        let x = model.embed(tokens);
+        Self { x_f32: with_f32.then(|| x.clone()), x, tokens: tokens.len() }
+    }
+
+    fn advance(
+        &mut self,
+        model: &Model,
+        dense: &Block,
+        block: &Block,
+        ctx: &mut Context,
+    ) -> Result<()> {
+        let angles = model.angles(0, self.tokens);
+        for (block, x) in [(block, Some(&mut self.x)), (dense, self.x_f32.as_mut())] {
+            let Some(x) = x else { continue };
+            model.run_block(block, x, &angles, &mut KvBlock::default(), ctx, &mut |_| Ok(()))?;
+        }
+        Ok(())
+    }
+
+    /// The inputs of the four sets in the f32 model, and the residual stream at each.
+    fn f32_inputs(
+        &self,
+        model: &Model,
+        dense: &Block,
+        ctx: &mut Context,
+    ) -> Result<Vec<(Vec<f32>, Vec<f32>)>> {
+        let Some(x) = &self.x_f32 else { return Ok(Vec::new()) };
+        let (mut x, angles) = (x.clone(), model.angles(0, self.tokens));
+        let mut inputs = Vec::new();
+        model.run_block(dense, &mut x, &angles, &mut KvBlock::default(), ctx, &mut |seen| {
+            inputs.push((seen.x.data().to_vec(), seen.residual.to_vec()));
+            Ok(())
+        })?;
+        Ok(inputs)
+    }
+}
+
+/// A block on its way from f32 to codes.
+struct Work {
+    specs: [LinearSpec; 7],
+    norms: [Vec<f32>; 2],
+    /// With the scales that were folded into them.
+    weights: Vec<LinearWeights>,
+    /// What to quantize instead, if that makes up for what earlier layers have lost.
+    targets: [Option<Mat<f32>>; 7],
+    /// Strengths of the scales of the sets.
+    alphas: [Option<f32>; 4],
+    /// Queries that share a key: v cannot take o's scale then.
+    shared_keys: bool,
+}
+
+impl Work {
+    fn load(checkpoint: &Checkpoint, index: usize) -> Result<Self> {
+        let c = checkpoint.config();
+        let specs = block_linears(c, index);
+        let weights =
+            specs.iter().map(|spec| checkpoint.linear(&spec.name)).collect::<Result<_>>()?;
+        let shared_keys = c.num_attention_heads != c.num_key_value_heads;
+        Ok(Self {
+            norms: norms(checkpoint, index)?,
+            specs,
+            weights,
+            targets: [const { None }; 7],
+            alphas: [None; 4],
+            shared_keys,
+        })
+    }
+
+    fn error(&self, i: usize) -> impl Fn(lowbit::Error) -> Error + use<> {
+        let layer = self.weights[i].name.clone();
+        move |cause| Error::Layer { layer: layer.clone(), cause }
+    }
+
+    /// Layer `i`, computed by `linear`.
+    fn layer(&self, i: usize, linear: lowbit::Result<Arc<dyn Linear>>) -> Result<Layer> {
+        let LinearSpec { name, shape, .. } = &self.specs[i];
+        Layer::new(name.clone(), *shape, linear.map_err(self.error(i))?)
+    }
+
+    fn dense(&self) -> Result<Block> {
+        let layer = |(i, LinearWeights { weight, bias, .. }): (usize, &LinearWeights)| {
+            let dense = DenseLinear::new(weight.as_ref(), bias.clone());
+            self.layer(i, dense.map(|dense| Arc::new(dense) as Arc<dyn Linear>))
+        };
+        let layers = self.weights.iter().enumerate().map(layer).collect::<Result<_>>()?;
+        Block::new(Arc::new(self.norms.clone()), layers)
+    }
+
+    /// Statistics of the inputs of some sets, in the block as it is now and in the f32 one.
+    fn observe(
+        &self,
+        (model, dense, block): (&Model, &Block, &Block),
+        sets: std::ops::Range<usize>,
+        wanted: Wanted,
+        texts: &[Text],
+        ctx: &mut Context,
+    ) -> Result<Vec<Statistics>> {
+        let mut statistics = Vec::new();
+        for set in sets.clone() {
+            let first = SETS[set].start;
+            let (n, k) = self.specs[first].shape;
+            let new = || {
+                let calibration = match wanted.needs {
+                    Needs::SecondMoment => Calibration::with_second_moment(k)?,
+                    _ => Calibration::new(k),
+                };
+                // o and down are added to the residual stream.
+                let residual = SETS_BEFORE[set].map(|_| n);
+                let drift = match wanted.share > 0.0 {
+                    true => Some(Drift::new(k, residual)?),
+                    false => None,
+                };
+                Ok(Statistics { calibration, drift })
+            };
+            statistics.push(new().map_err(self.error(first))?);
+        }
+        // The block has the other one while it shows its inputs.
+        let mut own = ctx.pool().map_or_else(Context::new, |pool| Context::with_pool(pool.clone()));
+        for text in texts {
+            let (mut x, angles) = (text.x.clone(), model.angles(0, text.tokens));
+            let inputs = text.f32_inputs(model, dense, ctx)?;
+            let kv = &mut KvBlock::default();
+            model.run_block(block, &mut x, &angles, kv, ctx, &mut |seen| {
+                let Some(statistics) = statistics.get_mut(seen.set.wrapping_sub(sets.start)) else {
+                    return Ok(());
+                };
+                let mut add = || {
+                    statistics.calibration.observe(seen.x, &mut own)?;
+                    let Some(drift) = &mut statistics.drift else { return Ok(()) };
+                    let Some((x_f32, residual_f32)) = inputs.get(seen.set) else { return Ok(()) };
+                    let (m, k) = seen.x.shape();
+                    let lost = residual_f32.iter().zip(seen.residual).map(|(f32, x)| f32 - x);
+                    let lost = SETS_BEFORE[seen.set].map(|_| lost.collect::<Vec<f32>>());
+                    let lost = lost.as_ref().map(|lost| MatRef::new(lost, m, lost.len() / m));
+                    drift.observe(seen.x, MatRef::new(x_f32, m, k)?, lost.transpose()?, &mut own)
+                };
+                add().map_err(self.error(SETS[seen.set].start))
+            })?;
+        }
+        Ok(statistics)
+    }
+
+    /// Moves the targets of a set towards the output of the f32 model.
+    fn shift(
+        &mut self,
+        set: usize,
+        Statistics { calibration, drift }: &Statistics,
+        share: f64,
+        ctx: &mut Context,
+    ) -> Result<()> {
+        let Some(drift) = drift else { return Ok(()) };
+        for i in SETS[set].clone() {
+            let shifted = drift.shift(self.weights[i].weight.as_ref(), calibration, share, ctx);
+            self.targets[i] = Some(shifted.map_err(self.error(i))?);
+        }
+        Ok(())
+    }
+
+    /// Scales the input of a set, and returns what has to be done at run time.
+    fn scale(
+        &mut self,
+        recipe: &Recipe<'_>,
+        set: usize,
+        calibration: &mut Calibration,
+        can_fold: bool,
+        ctx: &mut Context,
+    ) -> Result<Option<Transform>> {
+        if recipe.scale.is_none() {
+            return Ok(None);
+        }
+        let layers = SETS[set].clone();
+        let error = self.error(layers.start);
+        let weights: Vec<_> =
+            self.weights[layers.clone()].iter().map(|layer| layer.weight.as_ref()).collect();
+        let Some((s, alpha)) = recipe.scales(&weights, calibration, ctx).map_err(&error)? else {
+            return Ok(None);
+        };
+        self.alphas[set] = Some(alpha);
+        let scale = Transform::Scale(s.iter().map(|s| 1.0 / s).collect());
+        for i in layers {
+            scale.apply_to_weight(&mut self.weights[i].weight).map_err(&error)?;
+            if let Some(target) = &mut self.targets[i] {
+                scale.apply_to_weight(target).map_err(&error)?;
+            }
+        }
+        calibration.transform(&scale).map_err(&error)?;
+        let Transform::Scale(inverse) = &scale else { return Ok(None) };
+        match set {
+            0 | 2 => {
+                let gains = &mut self.norms[set / 2];
+                gains.iter_mut().zip(inverse).for_each(|(gain, inverse)| *gain *= inverse);
+            }
+            1 if can_fold && !self.shared_keys => self.scale_rows(2, inverse),
+            3 if can_fold => self.scale_rows(5, inverse),
+            _ => return Ok(Some(scale)),
+        }
+        Ok(None)
+    }
+
+    /// Scales the outputs of layer `i`.
+    fn scale_rows(&mut self, i: usize, factors: &[f32]) {
+        let LinearWeights { weight, bias, .. } = &mut self.weights[i];
+        for matrix in [Some(weight), self.targets[i].as_mut()].into_iter().flatten() {
+            for (row, factor) in matrix.as_mut().iter_rows_mut().zip(factors) {
+                row.iter_mut().for_each(|w| *w *= factor);
+            }
+        }
+        for (bias, factor) in bias.iter_mut().flatten().zip(factors) {
+            *bias *= factor;
+        }
+    }
+
+    /// Quantizes layer `i`, behind what has to be done at run time.
+    fn quantize(
+        &self,
+        recipe: &Recipe<'_>,
+        i: usize,
+        calibration: &Calibration,
+        before: Option<Transform>,
+        ctx: &mut Context,
+    ) -> Result<(QLinear, LayerReport)> {
+        let LinearWeights { name, weight, bias } = &self.weights[i];
+        let set = SETS.iter().position(|set| set.contains(&i)).unwrap_or(0);
+        let quantize = |ctx: &mut Context| {
+            let target = self.targets[i].as_ref().unwrap_or(weight);
+            let Quantized { layer, mut report } =
+                recipe.quantize(target.as_ref(), calibration, ctx)?;
+            report.alpha = self.alphas[set];
+            let error = match calibration.has_second_moment() && calibration.tokens() > 0 {
+                true => Some(relative_loss(weight.as_ref(), &layer, calibration, ctx)?),
+                false => None,
+            };
+            let scaled_at_run_time = before.is_some();
+            let transforms = before.into_iter().chain(layer.transforms().iter().cloned()).collect();
+            let layer = layer.with_transforms(transforms)?.with_bias(bias.clone())?;
+            let (weights, bytes, name) = (weight.data().len(), layer.bytes(), name.clone());
+            Ok((layer, LayerReport { name, weights, bytes, error, scaled_at_run_time, report }))
+        };
+        quantize(ctx).map_err(self.error(i))
+    }
+}
