@@ -108,6 +108,43 @@ fn compare_prints_json_and_nothing_else() {
 }
 
 #[test]
+fn methods_that_calibrate_do_so_on_a_text_and_continue_behind_finished_blocks() {
+    let copy = Copy::new();
+    let [model, text, finished] = ["", "text.txt", "finished"].map(|file| copy.file(file));
+    let [model, text, finished] = [&model, &text, &finished].map(|path| path.to_str().unwrap());
+    let compare = ["compare", model, "--text", text, "--methods", "smoothquant"];
+    refuses(&compare, &["calibration.tokens", "--calibration FILE"]);
+    let options = ["--calibration", text, "--resume", finished, "--json"];
+    let compare = [&compare[..], &options].concat();
+    let (first, second) = (json(&compare), json(&compare));
+    assert_eq!(first["rows"][1]["kl"], second["rows"][1]["kl"]);
+    assert!(copy.file("finished/smoothquant/block-0000.safetensors").exists());
+    let other = [&compare[..5], &["llm-int8"], &options].concat();
+    json(&other); // a folder for each method
+    fs::write(copy.file("other.txt"), "The dog saw a big red ball and ran.").unwrap();
+    let other = copy.file("other.txt");
+    let other =
+        [&compare[..6], &["--calibration", other.to_str().unwrap()], &options[2..]].concat();
+    refuses(&other, &["block-0000.safetensors", "another recipe, text or model"]);
+}
+
+#[test]
+fn outliers_are_listed_and_drawn() {
+    let copy = Copy::new();
+    let [model, text, plot] = ["", "text.txt", "plot.svg"].map(|file| copy.file(file));
+    let [model, text, plot] = [&model, &text, &plot].map(|path| path.to_str().unwrap());
+    let outliers = ["outliers", model, "--text", text, "--threshold", "1", "--plot", plot];
+    let report = json(&[&outliers[..], &["--json"]].concat());
+    let inputs = report["inputs"].as_array().unwrap();
+    assert!(inputs.len() % 4 == 0 && !inputs.is_empty());
+    assert!(!report["features"].as_array().unwrap().is_empty());
+    assert!(fs::read_to_string(plot).unwrap().contains("<circle"));
+    let table = String::from_utf8(lowbit(&outliers).stdout).unwrap();
+    assert!(table.contains("outlier features of the residual stream"), "{table}");
+    refuses(&["outliers", model, "--text", text, "--threshold", "0"], &["threshold"]);
+}
+
+#[test]
 fn eval_reports_the_perplexity_of_a_text() {
     let copy = Copy::new();
     let (model, text) = (copy.0.path().to_str().unwrap(), copy.file("text.txt"));
