@@ -136,7 +136,7 @@ fn outliers_are_listed_and_drawn() {
     let outliers = ["outliers", model, "--text", text, "--threshold", "1", "--plot", plot];
     let report = json(&[&outliers[..], &["--json"]].concat());
     let inputs = report["inputs"].as_array().unwrap();
-    assert!(inputs.len() % 4 == 0 && !inputs.is_empty());
+    assert!(inputs.len().is_multiple_of(4) && !inputs.is_empty());
     assert!(!report["features"].as_array().unwrap().is_empty());
     assert!(fs::read_to_string(plot).unwrap().contains("<circle"));
     let table = String::from_utf8(lowbit(&outliers).stdout).unwrap();
