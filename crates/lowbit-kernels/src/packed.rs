@@ -1,9 +1,9 @@
 use std::ops::Range;
 
 use lowbit_core::{
-    ActivationScales, ActivationScheme, ActivationType, Adapter, Error, Format, Outliers, Params,
-    QLinear, QMatrix, QuantScheme, QuantType, Result, ScaleFormat, SparseRows, Transform,
-    ZeroFormat, f16,
+    ActivationScales, ActivationScheme, ActivationType, Adapter, Context, Error, Format, Linear,
+    MatMut, MatRef, Outliers, Params, QLinear, QMatrix, QuantScheme, QuantType, Result,
+    ScaleFormat, SparseRows, Transform, ZeroFormat, check_shapes, f16,
 };
 
 use crate::{
@@ -105,7 +105,7 @@ impl PackedLinear {
     /// # Errors
     /// As [`with_kernel`](Self::with_kernel).
     pub fn new<S: AsRef<[u8]>>(layer: &QLinear<S>) -> Result<Self> {
-        Self::pack(layer, isa::best())
+        Self::pack(layer, isa::best(), 0..layer.weight().rows())
     }
 
     /// Packs `layer` for the kernel called `name`, one of [`kernels`](crate::kernels): for tests,
@@ -119,14 +119,70 @@ impl PackedLinear {
     /// uint8 (whose sum might overflow); outlier features beside f32 activations; a threshold for them beside a scale that the batch
     /// shares.
     pub fn with_kernel<S: AsRef<[u8]>>(layer: &QLinear<S>, name: &str) -> Result<Self> {
-        Self::pack(layer, isa::named(name)?)
+        Self::pack(layer, isa::named(name)?, 0..layer.weight().rows())
     }
 
-    fn pack<S: AsRef<[u8]>>(layer: &QLinear<S>, kernel: &'static Kernel) -> Result<Self> {
+    /// Multiplies by a layer that is used once: `y = layer(x)` as [`new`](Self::new) and
+    /// [`forward`](lowbit_core::Linear::forward) would compute it, bit for bit, but never with more than 1024
+    /// rows of the weight packed at a time. (All of them if the layer has outliers with weights of their own
+    /// or an adapter.)
+    ///
+    /// # Errors
+    /// Those of [`with_kernel`](Self::with_kernel) and of [`forward`](lowbit_core::Linear::forward); nothing
+    /// has been written to `y` then.
+    ///
+    /// # Example
+    /// ```
+    /// use lowbit_core::{Context, Granularity, Mat, QLinear, QMatrix, QuantScheme};
+    /// use lowbit_kernels::PackedLinear;
+    ///
+    /// let w = Mat::from_fn(64, 32, |r, c| (r + c) as f32);
+    /// let q = QMatrix::quantize(w.as_ref(), QuantScheme::affine(4, Granularity::PerGroup(16)))?;
+    /// let (x, mut y) = (Mat::from_fn(3, 32, |_, _| 1.0), Mat::zeros(3, 64));
+    /// PackedLinear::multiply_once(&QLinear::new(q), x.as_ref(), y.as_mut(), &mut Context::new())?;
+    /// assert!((y.data()[0] - 496.0).abs() < 16.0); // 0 + 1 + … + 31
+    /// # Ok::<(), lowbit_core::Error>(())
+    /// ```
+    pub fn multiply_once<S: AsRef<[u8]> + Send + Sync>(
+        layer: &QLinear<S>,
+        x: MatRef<'_, f32>,
+        mut y: MatMut<'_, f32>,
+        ctx: &mut Context,
+    ) -> Result<()> {
+        /// Rows of the weight that are packed at a time.
+        const ROWS: usize = 32 * NR;
+        check_shapes(layer, x, &y)?;
+        let (n, own_weights) = (
+            layer.weight().rows(),
+            match layer.outliers() {
+                None | Some(Outliers::Threshold(_)) => false,
+                Some(_) => true,
+            },
+        );
+        let rows = if own_weights || layer.adapter().is_some() { n.max(1) } else { ROWS };
+        check_finite(layer.weight())?;
+        for first in (0..n).step_by(rows) {
+            let last = n.min(first + rows);
+            let packed = Self::pack(layer, isa::best(), first..last)?;
+            let (m, stride) = (y.rows(), y.row_stride());
+            let columns = y.reborrow().into_data().get_mut(first..).unwrap_or(&mut []);
+            let y = MatMut::with_row_stride(columns, m, last - first, stride)?;
+            packed.forward(x, y, ctx)?;
+        }
+        Ok(())
+    }
+
+    /// Packs `rows` of the weight, all or of a layer without weights beside it.
+    fn pack<S: AsRef<[u8]>>(
+        layer: &QLinear<S>,
+        kernel: &'static Kernel,
+        rows: Range<usize>,
+    ) -> Result<Self> {
         let weight = layer.weight();
-        let (n, k) = (weight.rows(), weight.cols());
+        let (n, k) = (rows.len(), weight.cols());
         let (block_rows, block_cols) = weight.block();
         let group_size = check_supported(layer)?;
+        check_finite(weight)?;
         let groups = k.div_ceil(group_size);
         let scheme = weight.scheme();
         let refuse = |what| Err(Error::Unsupported { by: "PackedLinear", what });
@@ -146,13 +202,13 @@ impl PackedLinear {
             activation: layer.activation(),
             outliers: layer.outliers().cloned(),
             adapter: layer.adapter().cloned(),
-            bias: layer.bias().map(<[f32]>::to_vec),
+            bias: layer.bias().map(|bias| bias[rows.clone()].to_vec()),
             scheme,
             storage,
             unit: integers.map_or(1.0, |levels| levels.unit),
             group: (group_size, groups),
             codes: vec![Line([0; 64]); panels * steps * storage.words() * (4 * NR / 64)],
-            scales: PackedScales::new(weight, group_size),
+            scales: PackedScales::new(weight, group_size, rows.clone()),
             zeros: match scheme.zero {
                 ZeroFormat::Int => PackedZeros::Bytes(vec![[0; NR]; panels * groups]),
                 ZeroFormat::Real(_) | ZeroFormat::Offset(_) => {
@@ -172,15 +228,9 @@ impl PackedLinear {
         let mut row_codes = vec![0; if n == 0 { 0 } else { k }];
         let panel_words = steps * storage.words() * NR;
         let words: &mut [[u8; 4]] = bytemuck::cast_slice_mut(&mut packed.codes);
-        for row in 0..if k == 0 { 0 } else { n } {
-            let (panel, lane) = (row / NR, row % NR);
+        for (i, row) in rows.enumerate().filter(|_| k > 0) {
+            let (panel, lane) = (i / NR, i % NR);
             weight.unpack_row(row, &mut row_codes)?;
-            let finite = |code: &u8| scheme.dtype.level(*code).is_finite();
-            if matches!(packed.meaning, Meaning::Float(_))
-                && let Some(col) = row_codes.iter().position(|code| !finite(code))
-            {
-                return Err(Error::NotFinite { what: "weight", row, col });
-            }
             let words = &mut words[panel * panel_words..][..panel_words];
             for (g, group) in row_codes.chunks(group_size).enumerate() {
                 let params = weight.params(row / block_rows, g * group_size / block_cols);
@@ -344,8 +394,8 @@ impl PackedLinear {
 
 impl PackedScales {
     /// All 0, in the smallest form that holds the scales of `weight`.
-    fn new<S: AsRef<[u8]>>(weight: &QMatrix<S>, group_size: usize) -> Self {
-        let (panels, groups) = (weight.rows().div_ceil(NR), weight.cols().div_ceil(group_size));
+    fn new<S: AsRef<[u8]>>(weight: &QMatrix<S>, group_size: usize, rows: Range<usize>) -> Self {
+        let (panels, groups) = (rows.len().div_ceil(NR), weight.cols().div_ceil(group_size));
         let count = panels * groups;
         match weight.scheme().scale_format {
             ScaleFormat::F16 => Self::F16(vec![[0; NR]; count]),
@@ -353,32 +403,32 @@ impl PackedScales {
             // The exponent of 2^-127, which is subnormal, is that of 0.
             ScaleFormat::E8m0 if !weight.scales().contains(&0) => Self::E8m0(vec![[0; NR]; count]),
             ScaleFormat::TwoLevel(_) if group_size == weight.block().1 => {
-                Self::two_level(weight).unwrap_or_else(|| Self::F32(vec![[0.0; NR]; count]))
+                Self::two_level(weight, rows).unwrap_or_else(|| Self::F32(vec![[0.0; NR]; count]))
             }
             _ => Self::F32(vec![[0.0; NR]; count]),
         }
     }
 
     /// Two-level scales of integers or of FP8 E4M3 without signs, all filled in.
-    fn two_level<S: AsRef<[u8]>>(weight: &QMatrix<S>) -> Option<Self> {
+    fn two_level<S: AsRef<[u8]>>(weight: &QMatrix<S>, rows: Range<usize>) -> Option<Self> {
         let grid = weight.scale_grid()?;
         let e4m3 = match grid.scheme().dtype {
             QuantType::Int { .. } => false,
             QuantType::Float(Format::F8E4M3) => true,
             _ => return None,
         };
-        let (rows, cols) = (weight.rows().div_ceil(NR), grid.cols());
+        let (panels, cols) = (rows.len().div_ceil(NR), grid.cols());
         let (block_rows, (step_rows, groups)) = (weight.block().0, grid.block());
         let steps_of_row = grid.grid().1;
-        let mut codes = vec![[0; NR]; rows * cols];
-        let mut steps = vec![[0.0; NR]; rows * steps_of_row];
+        let mut codes = vec![[0; NR]; panels * cols];
+        let mut steps = vec![[0.0; NR]; panels * steps_of_row];
         let mut minima = match grid.scheme().zero {
             ZeroFormat::Offset(_) => steps.clone(),
             _ => Vec::new(),
         };
         let mut row_codes = vec![0; cols];
-        for r in 0..weight.rows() {
-            let (panel, lane, row) = (r / NR, r % NR, r / block_rows);
+        for (i, r) in rows.enumerate() {
+            let (panel, lane, row) = (i / NR, i % NR, r / block_rows);
             grid.unpack_row(row, &mut row_codes).ok()?;
             if e4m3 && row_codes.iter().any(|code| *code >= 128) {
                 return None;
@@ -446,6 +496,22 @@ impl PackedScales {
 pub(crate) fn has_zeros_or_groups(scheme: ActivationScheme) -> bool {
     scheme.dtype == ActivationType::UInt8
         || matches!(scheme.scales, ActivationScales::PerTokenGroup(_))
+}
+
+/// Refuses codes of NaN and infinities.
+fn check_finite<S: AsRef<[u8]>>(weight: &QMatrix<S>) -> Result<()> {
+    let dtype = weight.scheme().dtype;
+    if (0..=dtype.max_code()).all(|code| dtype.level(code).is_finite()) {
+        return Ok(());
+    }
+    let mut codes = vec![0; weight.cols()];
+    for row in 0..weight.rows() {
+        weight.unpack_row(row, &mut codes)?;
+        if let Some(col) = codes.iter().position(|code| !dtype.level(*code).is_finite()) {
+            return Err(Error::NotFinite { what: "weight", row, col });
+        }
+    }
+    Ok(())
 }
 
 /// Are codes of this type integers, or few enough to look integers up?

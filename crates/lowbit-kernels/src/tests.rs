@@ -614,6 +614,60 @@ fn a_row_has_the_same_bits_in_every_batch() {
     }
 }
 
+/// More rows than are packed at a time, whose last panel is not full.
+#[test]
+fn a_layer_that_is_used_once_gives_the_same_bits() {
+    let (n, k) = (2 * 1024 + 35, 48);
+    for (scheme, _) in [
+        presets::gptq(4, Granularity::PerGroup(16)),
+        presets::nvfp4(),
+        presets::fp8(Format::F8E4M3, Granularity::PerBlock(128, 32)),
+    ] {
+        for activation in [None, Some(ActivationScheme::INT8_PER_TOKEN)] {
+            if activation.is_some() && !crate::packed::has_integers(scheme.dtype) {
+                continue;
+            }
+            let problem =
+                Problem { m: 3, n, k, scheme, activation, bias: true, extreme: false, seed: 2 };
+            let (layer, x) = (problem.layer(), problem.input());
+            let layers = [
+                layer.clone(),
+                match activation {
+                    None => layer,
+                    Some(_) => layer.with_outliers(Some(Outliers::Threshold(0.02))).unwrap(),
+                },
+            ];
+            for layer in layers {
+                let (mut kept, mut once) = (Mat::zeros(3, n), Mat::zeros(3, n));
+                let ctx = &mut Context::new();
+                PackedLinear::new(&layer)
+                    .and_then(|packed| packed.forward(x.as_ref(), kept.as_mut(), ctx))
+                    .unwrap();
+                PackedLinear::multiply_once(&layer, x.as_ref(), once.as_mut(), ctx).unwrap();
+                assert_eq!(once, kept);
+            }
+        }
+    }
+}
+
+#[test]
+fn weights_of_nan_are_refused_wherever_they_are() {
+    let (n, k) = (2000, 4);
+    let w = Mat::from_fn(n, k, |_, _| 1.0);
+    let (scheme, fit) = presets::fp8(Format::F8E4M3, Granularity::PerTensor);
+    let q = QMatrix::quantize_with(w.as_ref(), scheme, &fit, None).unwrap();
+    let mut codes = q.codes().to_vec();
+    codes[1999 * k + 2] = 0x7f;
+    let q = QMatrix::from_parts(n, k, scheme, codes, q.scales().to_vec(), None).unwrap();
+    let expected = Err(Error::NotFinite { what: "weight", row: 1999, col: 2 });
+    let (x, mut y) = (Mat::zeros(1, k), Mat::from_fn(1, n, |_, _| 5.0));
+    let layer = QLinear::new(q);
+    assert_eq!(PackedLinear::new(&layer).map(drop), expected);
+    let result = PackedLinear::multiply_once(&layer, x.as_ref(), y.as_mut(), &mut Context::new());
+    assert_eq!(result, expected);
+    assert!(y.data().iter().all(|y| *y == 5.0));
+}
+
 #[test]
 fn strided_rows_are_read_and_written_in_place() {
     let scheme = QuantScheme::symmetric(4, Granularity::PerGroup(16));
