@@ -236,10 +236,9 @@ impl Solver<'_> {
         }
 
         let groups: Vec<_> = columns.iter().map(|column| column / grid.cols).collect();
-        let mut bands = Vec::new();
-        for first in (0..n).step_by(LANES) {
-            bands.push(Band::new(target.as_ref(), first, &columns, grid.across));
-        }
+        let mut bands = map((0..n).step_by(LANES).collect(), ctx, |first| {
+            Band::new(target.as_ref(), first, &columns, grid.across)
+        });
         let edges = if grid.fresh { grid.cols } else { k };
         let coefficients = panels(&factor, edges, ctx);
         let importance: Vec<_> = factor.diagonal().map(|r| (r * r) as f32).collect();

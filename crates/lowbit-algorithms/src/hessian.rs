@@ -21,7 +21,7 @@ use faer::{
 };
 use lowbit_core::{Context, Error, Result};
 
-use crate::{Calibration, second_moment::row_start};
+use crate::{Calibration, feedback::map, second_moment::row_start};
 
 /// `2·H / tokens` in the order of elimination, with 1 on the diagonal of dead channels.
 pub(crate) struct Hessian<'a> {
@@ -106,14 +106,15 @@ impl<'a> Hessian<'a> {
         while damping < 1e9 {
             let added = self.added(damping);
             // The lower triangle, column-major, of H with rows and columns reversed.
-            for (q, column) in r.chunks_exact_mut(k.max(1)).enumerate() {
+            let columns = r.chunks_exact_mut(k.max(1)).enumerate().collect();
+            map(columns, ctx, |(q, column)| {
                 let channel = self.order[k - 1 - q];
                 for (r, x) in column.iter_mut().enumerate().skip(q) {
                     *x = self.at(self.order[k - 1 - r], channel);
                 }
                 // A dead channel has nothing to do with the others.
                 column[q] += if self.dead[channel] { 0.0 } else { added };
-            }
+            });
             if cholesky(&mut r, k, ctx)? {
                 r.reverse();
                 return Ok(Factor { r, k, damping });
