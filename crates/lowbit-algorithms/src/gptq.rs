@@ -404,6 +404,24 @@ impl Grid {
         }
     }
 
+    /// Parameters whose zero is not far from the grid. Zeros of two levels share a step with others, to
+    /// which one group far from 0 would leave no precision: its scale is made larger instead.
+    fn near_zero(&self, params: Params) -> Params {
+        let ZeroFormat::Real(ScaleFormat::TwoLevel(_)) = self.scheme.zero else { return params };
+        let highest = f32::from(self.scheme.dtype.max_code());
+        let Params { scale, zero, .. } = params;
+        let reach = 2.0 * highest;
+        // The level nearest to 0 stays.
+        if zero < -reach {
+            Params { scale: scale * (-zero / reach), zero: -reach, ..params }
+        } else if zero > highest + reach {
+            let scale = scale * ((zero - highest) / reach);
+            Params { scale, zero: highest + reach, ..params }
+        } else {
+            params
+        }
+    }
+
     /// Gives a band the parameters of its blocks.
     fn give(&self, params: &[Params], band: &mut Band) {
         for (g, grids) in band.grids.iter_mut().enumerate() {
@@ -604,7 +622,7 @@ impl Pass<'_> {
             }
             let fitted = self.levels.encoder.fit(&values, Some(&self.importance[first..end]));
             let params = fitted.map_err(|e| at_block(e, band.first + lane, first))?;
-            band.exact[group].set(lane, params);
+            band.exact[group].set(lane, self.grid.near_zero(params));
         }
         if self.grid.is_local {
             self.grid.round(band, group..group + 1)
