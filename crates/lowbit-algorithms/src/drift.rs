@@ -10,8 +10,8 @@
 //! ```
 //!
 //! where H is damped by 1 %. A layer whose output is added to a residual stream r can also make up
-//! for what that stream has lost, `B = Σ (r̃ − r)ᵀx`: `W' = W + (W·C + B)·H⁻¹`. Going half of the way
-//! serves unseen text better than all of it.
+//! for what that stream has lost, `B = Σ (r̃ − r)ᵀx`: `W' = W + (W·C + B)·H⁻¹`. Going a part of the
+//! way serves unseen text better than all of it.
 
 use faer::{
     Accum, MatRef as FaerRef, Par,

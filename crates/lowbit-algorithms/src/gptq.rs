@@ -106,11 +106,11 @@ impl Gptq {
 
     /// All that lowers the loss without a bit more: scales of the smallest weighted error, eight
     /// passes of coordinate descent, scales solved again in front of six of them, and a target
-    /// half-way towards the f32 model's output.
+    /// three quarters of the way towards the f32 model's output.
     pub const fn improved(scheme: QuantScheme) -> Self {
-        let range = lowbit_core::Range::Search { grid: 40, candidates: 23, norm: 2.0 };
+        let range = lowbit_core::Range::Search { grid: 100, candidates: 60, norm: 2.0 };
         let fit = Fit { range, ..Fit::NEAREST };
-        Self { fit, sweeps: 8, refits: 6, target_share: 0.5, ..Self::new(scheme) }
+        Self { fit, sweeps: 8, refits: 6, target_share: 0.75, ..Self::new(scheme) }
     }
 }
 
