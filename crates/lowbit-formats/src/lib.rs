@@ -1,8 +1,10 @@
-//! Checkpoint containers, read without copying.
+//! Checkpoint files: containers, read without copying, and the conventions by which they store
+//! quantized layers.
 //!
-//! A container ([`Safetensors`], [`Sharded`], [`gguf::Gguf`]) turns the bytes of its files, which the caller owns (read, mapped or built into the
-//! program), into named tensors: [`TensorSource`]. Nothing is copied and no alignment is assumed;
-//! [`TensorView::to_f32`] converts.
+//! A container ([`Safetensors`], [`Sharded`], [`gguf::Gguf`]) turns the bytes of its files, which the
+//! caller owns (read, mapped or built into the program), into named tensors: [`TensorSource`]. Nothing is
+//! copied and no alignment is assumed; [`TensorView::to_f32`] converts. A [convention](conventions) turns the tensors of a layer into a
+//! [`QLinear`](lowbit_core::QLinear), and back.
 //!
 //! # Example
 //! ```
