@@ -140,10 +140,11 @@ impl Quantizer for Gptq {
     fn plan(&self, out_features: usize, in_features: usize) -> Result<Plan> {
         let plan = Plan::of(self.scheme, out_features, in_features, self.needs())?;
         let (weights, k) = (plan.weights, in_features as u64);
-        // Target, error and code of each weight; the factor in f64 and its panels in f32, and H again
-        // for sweeps.
-        let panels = if self.sweeps > 0 { 12 } else { 10 };
-        let memory = plan.memory + 9 * weights + panels * k * k;
+        // Of each weight two copies, its error, what is kept of it, and its code; the factor in f64 and
+        // its panels in f32; H for sweeps takes no more.
+        let (of_weights, of_inputs) = (weights.saturating_mul(18), k.saturating_mul(k));
+        let memory =
+            plan.memory.saturating_add(of_weights).saturating_add(of_inputs.saturating_mul(10));
         let mut bytes = plan.bytes;
         if self.order == Order::Sorted {
             bytes += permutation(&(0..in_features).collect::<Vec<_>>())?.bytes();

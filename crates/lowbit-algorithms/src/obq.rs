@@ -114,7 +114,9 @@ impl Quantizer for Obq {
         let plan = Plan::of(self.scheme, out_features, in_features, self.needs())?;
         let k = in_features as u64;
         // The inverse, and a copy of it for each row at work.
-        Ok(Plan { memory: plan.memory + 5 * plan.weights + 24 * k * k, ..plan })
+        let (of_weights, of_inputs) = (plan.weights.saturating_mul(5), k.saturating_mul(k));
+        let memory = plan.memory.saturating_add(of_weights);
+        Ok(Plan { memory: memory.saturating_add(of_inputs.saturating_mul(24)), ..plan })
     }
 }
 
