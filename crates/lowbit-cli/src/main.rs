@@ -11,6 +11,7 @@ mod new_file;
 mod outliers;
 mod plot;
 mod quantize;
+mod scheme;
 
 use std::{num::NonZeroUsize, process::ExitCode, sync::Arc};
 

@@ -200,6 +200,48 @@ fn bench_quantize_reports_a_rate_for_each_scheme() {
 }
 
 #[test]
+fn bench_gemm_reports_a_layer_of_any_scheme() {
+    let small = ["bench", "gemm", "--m", "2", "--n", "64", "--k", "128", "--threads", "1"];
+    let gemm = |more: &[&'static str]| [&small[..], more].concat();
+    for (scheme, compute) in [("int4-g32-zp", "int8"), ("int5-g16", "f32"), ("w8a8", "int8")] {
+        let output = lowbit(&gemm(&["--scheme", scheme, "--compute", compute, "--json"]));
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        let report: Value = serde_json::from_slice(&output.stdout).unwrap();
+        assert_eq!((&report["op"], &report["scheme"]), (&"gemm".into(), &scheme.into()));
+        assert_eq!(report["compute"], compute);
+        assert!(report["packed_bits_per_weight"].as_f64().unwrap() >= 4.0);
+        assert!(report["gops"].as_f64().unwrap() > 0.0);
+    }
+    refuses(&gemm(&["--scheme", "int4-g0"]), &["int4-g0"]);
+    refuses(&gemm(&["--scheme", "int4-g32", "--kernel", "abacus"]), &["abacus"]);
+    refuses(&gemm(&["--scheme", "int4-g32", "--compute", "int7"]), &["int7"]);
+}
+
+#[test]
+fn bench_lm_measures_each_method_on_the_same_shape() {
+    let output = lowbit(&[
+        "bench",
+        "lm",
+        "--layers",
+        "1",
+        "--vocab",
+        "64",
+        "--methods",
+        "f32,int4-g32-a8",
+        "--json",
+    ]);
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    let report: Value = serde_json::from_slice(&output.stdout).unwrap();
+    let rows = report["rows"].as_array().unwrap();
+    assert_eq!((&rows[0]["method"], &rows[1]["method"]), (&"f32".into(), &"int4-g32-a8".into()));
+    let number = |row: usize, key: &str| rows[row][key].as_f64().expect(key);
+    assert_eq!(number(0, "weight_bytes"), 4.0 * f64::from(2048 * (2 * 2560 + 3 * 8192)));
+    assert!(number(1, "weight_bytes") < number(0, "weight_bytes") / 5.0);
+    assert!((0..2).all(|row| number(row, "decode_tokens_per_s") > 0.0));
+    refuses(&["bench", "lm", "--methods", "f32,int9"], &["int9"]);
+}
+
+#[test]
 fn requests_that_make_no_sense_are_refused() {
     refuses(&["bench", "convert", "--to", "f9"], &["f9", "e4m3"]);
     refuses(&["compare", "--methods", "int8,int99"], &["int99", "int4-g32"]);

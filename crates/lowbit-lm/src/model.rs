@@ -1,6 +1,6 @@
 use std::{f32::consts::TAU, sync::Arc};
 
-use lowbit::{Context, Linear, Mat, MatMut, MatRef, PackedLinear};
+use lowbit::{Context, Linear, Mat, MatMut, MatRef, PackedLinear, dtypes::random, forward_shared};
 
 use crate::{
     Checkpoint, Config, DenseLinear, Error, KvCache, LinearWeights, Result,
@@ -80,8 +80,8 @@ impl Model {
     /// a checkpoint whose files have not changed since it was opened.
     pub fn load(checkpoint: &Checkpoint) -> Result<Self> {
         let trunk = Arc::new(Trunk::load(checkpoint)?);
-        let make = |name: &str| {
-            let error = |cause| Error::Layer { layer: name.into(), cause };
+        let make = |LinearSpec { name, .. }: &LinearSpec| {
+            let error = |cause| Error::Layer { layer: name.clone(), cause };
             match checkpoint.quantized(name)? {
                 None => dense(checkpoint.linear(name)?).map_err(error),
                 Some(layer) => match PackedLinear::new(&layer) {
@@ -93,7 +93,7 @@ impl Model {
                 },
             }
         };
-        Ok(Self { trunk, blocks: blocks(checkpoint, all_norms(checkpoint)?, make)? })
+        Ok(Self { trunk, blocks: blocks(checkpoint.config(), all_norms(checkpoint)?, make)? })
     }
 
     /// Reads the model, with linear layers that `make` builds from their weights: called for each
@@ -108,7 +108,65 @@ impl Model {
     ) -> Result<Self> {
         let trunk = Arc::new(Trunk::load(checkpoint)?);
         let norms = all_norms(checkpoint)?;
-        Ok(Self { trunk, blocks: blocks(checkpoint, norms, from_weights(checkpoint, make))? })
+        Ok(Self {
+            trunk,
+            blocks: blocks(checkpoint.config(), norms, from_weights(checkpoint, make))?,
+        })
+    }
+
+    /// A model of this shape that nobody has trained, to measure speed with: weights are uniform random
+    /// numbers of variance 1 / in_features, the same every time, norms are 1. Linear layers are built as in
+    /// [`load_with`](Self::load_with), and have no bias.
+    ///
+    /// # Errors
+    /// As [`load_with`](Self::load_with).
+    ///
+    /// # Example
+    /// ```
+    /// use std::sync::Arc;
+    /// use lowbit::{Context, QLinear, QMatrix, QuantScheme, Granularity};
+    /// use lowbit_lm::{Config, KvCache, Model};
+    ///
+    /// let config = Config::parse("config.json", br#"{
+    ///     "architectures": ["LlamaForCausalLM"], "hidden_size": 32, "intermediate_size": 48,
+    ///     "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 64,
+    ///     "max_position_embeddings": 16
+    /// }"#)?;
+    /// let int8 = QuantScheme::symmetric(8, Granularity::PerChannel);
+    /// let model = Model::random(config, |layer| {
+    ///     Ok(Arc::new(QLinear::new(QMatrix::quantize(layer.weight.as_ref(), int8)?)))
+    /// })?;
+    /// let mut cache = KvCache::new(model.config());
+    /// let logits = model.forward_last(&[1, 2, 3], &mut cache, &mut Context::new())?;
+    /// assert!(logits.iter().all(|x| x.is_finite()));
+    /// # Ok::<(), lowbit_lm::Error>(())
+    /// ```
+    pub fn random(
+        config: Config,
+        mut make: impl FnMut(LinearWeights) -> lowbit::Result<Arc<dyn Linear>>,
+    ) -> Result<Self> {
+        let mut seed = 0;
+        let mut weight = |rows, cols| {
+            seed += 1;
+            noise(rows, cols, seed)
+        };
+        let c = &config;
+        let embedding = weight(c.vocab_size, c.hidden_size);
+        let head = match c.tie_word_embeddings {
+            true => None,
+            false => Some(weight(c.vocab_size, c.hidden_size)),
+        };
+        let random = |spec: &LinearSpec| {
+            let weight = weight(spec.shape.0, spec.shape.1);
+            let name = spec.name.clone();
+            make(LinearWeights { name: name.clone(), weight, bias: None })
+                .map_err(|cause| Error::Layer { layer: name, cause })
+        };
+        let norm = vec![1.0; c.hidden_size];
+        let norms = vec![Arc::new([norm.clone(), norm.clone()]); c.num_hidden_layers];
+        let blocks = blocks(c, norms, random)?;
+        let trunk = Trunk::new(config, embedding, head, norm)?;
+        Ok(Self { trunk: Arc::new(trunk), blocks })
     }
 
     /// This model with other blocks.
@@ -128,7 +186,7 @@ impl Model {
     ) -> Result<Self> {
         self.check_checkpoint(checkpoint)?;
         let norms = self.blocks.iter().map(|block| block.norms.clone()).collect();
-        Ok(self.with_blocks(blocks(checkpoint, norms, from_weights(checkpoint, make))?))
+        Ok(self.with_blocks(blocks(checkpoint.config(), norms, from_weights(checkpoint, make))?))
     }
 
     /// Is `checkpoint` of the shape of this model?
@@ -323,11 +381,21 @@ impl Trunk {
         let config = checkpoint.config().clone();
         let embedding = checkpoint.matrix(EMBEDDING)?;
         let head = match config.tie_word_embeddings {
-            true => DenseLinear::new(embedding.as_ref(), None),
-            false => DenseLinear::new(checkpoint.matrix(HEAD)?.as_ref(), None),
+            true => None,
+            false => Some(checkpoint.matrix(HEAD)?),
         };
-        let head = head.map_err(|cause| Error::Layer { layer: HEAD.into(), cause })?;
-        let norm = checkpoint.vector(NORM)?;
+        Self::new(config, embedding, head, checkpoint.vector(NORM)?)
+    }
+
+    /// Without a head of its own, the embedding is the head.
+    fn new(
+        config: Config,
+        embedding: Mat<f32>,
+        head: Option<Mat<f32>>,
+        norm: Vec<f32>,
+    ) -> Result<Self> {
+        let head = DenseLinear::new(head.as_ref().unwrap_or(&embedding).as_ref(), None)
+            .map_err(|cause| Error::Layer { layer: HEAD.into(), cause })?;
         Ok(Self { frequencies: frequencies(&config), config, embedding, norm, head })
     }
 
@@ -361,25 +429,24 @@ fn all_norms(checkpoint: &Checkpoint) -> Result<Vec<Arc<[Vec<f32>; 2]>>> {
 fn from_weights(
     checkpoint: &Checkpoint,
     mut make: impl FnMut(LinearWeights) -> lowbit::Result<Arc<dyn Linear>>,
-) -> impl FnMut(&str) -> Result<Arc<dyn Linear>> {
-    move |name| {
+) -> impl FnMut(&LinearSpec) -> Result<Arc<dyn Linear>> {
+    move |LinearSpec { name, .. }| {
         let weights = checkpoint.linear(name)?;
-        make(weights).map_err(|cause| Error::Layer { layer: name.into(), cause })
+        make(weights).map_err(|cause| Error::Layer { layer: name.clone(), cause })
     }
 }
 
 fn blocks(
-    checkpoint: &Checkpoint,
+    c: &Config,
     norms: Vec<Arc<[Vec<f32>; 2]>>,
-    mut make: impl FnMut(&str) -> Result<Arc<dyn Linear>>,
+    mut make: impl FnMut(&LinearSpec) -> Result<Arc<dyn Linear>>,
 ) -> Result<Vec<Block>> {
-    let c = checkpoint.config();
     (norms.into_iter().enumerate())
         .map(|(layer, norms)| {
             let mut layers = Vec::with_capacity(7);
-            for LinearSpec { name, shape, .. } in block_linears(c, layer) {
-                let linear = make(&name)?;
-                layers.push(Layer::new(name, shape, linear)?);
+            for spec in block_linears(c, layer) {
+                let linear = make(&spec)?;
+                layers.push(Layer::new(spec.name, spec.shape, linear)?);
             }
             Block::new(norms, layers)
         })
@@ -426,13 +493,38 @@ impl Block {
         };
         let x = MatRef::new(x, m, layers[0].linear.in_features()).map_err(error(&layers[0]))?;
         observe(Seen { set, layers, x, residual })?;
+        let mut views = Vec::with_capacity(N);
         for (layer, y) in layers.iter().zip(outputs) {
-            MatMut::new(y, m, layer.linear.out_features())
-                .and_then(|y| layer.linear.forward(x, y, ctx))
-                .map_err(error(layer))?;
+            views.push(MatMut::new(y, m, layer.linear.out_features()).map_err(error(layer))?);
         }
-        Ok(())
+        match sharing(layers) {
+            Some(packed) => forward_shared(&packed, x, &mut views, ctx).map_err(error(&layers[0])),
+            None => layers
+                .iter()
+                .zip(views)
+                .try_for_each(|(layer, y)| layer.linear.forward(x, y, ctx).map_err(error(layer))),
+        }
     }
+}
+
+/// The layers, if they can transform and quantize their input together.
+fn sharing(layers: &[Layer]) -> Option<Vec<&PackedLinear>> {
+    fn packed(layer: &Layer) -> Option<&PackedLinear> {
+        layer.linear.as_any()?.downcast_ref()
+    }
+    let packed = layers.iter().map(packed).collect::<Option<Vec<_>>>()?;
+    let (first, others) = packed.split_first()?;
+    others.iter().all(|other| first.shares_input_with(other).is_ok()).then_some(packed)
+}
+
+/// Uniform random numbers of variance 1 / cols.
+fn noise(rows: usize, cols: usize, seed: u64) -> Mat<f32> {
+    let width = (12.0 / cols.max(1) as f32).sqrt();
+    let mut index = 0;
+    Mat::from_fn(rows, cols, |_, _| {
+        index += 1;
+        ((random(seed, index) >> 8) as f32 / (1 << 24) as f32 - 0.5) * width
+    })
 }
 
 /// Query rows in a task; the scores of so many rows are in memory at a time.

@@ -3,6 +3,7 @@
 mod algorithms;
 mod convert;
 mod gemm;
+mod lm;
 mod quantize;
 mod roofline;
 
@@ -25,6 +26,8 @@ enum What {
     Convert(convert::Options),
     /// A product of a quantized layer with a batch of activations
     Gemm(gemm::Options),
+    /// A model of random weights in the shape of Llama 3.2 1B, with a smaller vocabulary
+    Lm(lm::Options),
     /// This machine's peaks and its caches' and memory's speed, on one thread
     Roofline(roofline::Options),
     /// Rounding weights and activations to nearest, on one thread
@@ -36,6 +39,7 @@ pub(crate) fn run(options: &Options) -> Result<()> {
         What::Algorithms(options) => algorithms::run(options),
         What::Convert(options) => convert::run(options),
         What::Gemm(options) => gemm::run(options),
+        What::Lm(options) => lm::run(options),
         What::Roofline(options) => roofline::run(options),
         What::Quantize(options) => quantize::run(options),
     }
