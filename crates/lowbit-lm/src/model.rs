@@ -163,7 +163,8 @@ impl Model {
                 .map_err(|cause| Error::Layer { layer: name, cause })
         };
         let norm = vec![1.0; c.hidden_size];
-        let norms = vec![Arc::new([norm.clone(), norm.clone()]); c.num_hidden_layers];
+        let shared = Arc::new([norm.clone(), norm.clone()]);
+        let norms = (0..c.num_hidden_layers).map(|_| shared.clone()).collect();
         let blocks = blocks(c, norms, random)?;
         let trunk = Trunk::new(config, embedding, head, norm)?;
         Ok(Self { trunk: Arc::new(trunk), blocks })
