@@ -19,7 +19,7 @@ pub(crate) struct Scheme {
 
 #[derive(Clone)]
 enum How {
-    Rtn(Rtn),
+    Rtn(Box<Rtn>),
     Method(&'static Method),
 }
 
@@ -62,7 +62,7 @@ impl FromStr for Scheme {
             Some(method) => (How::Method(method), None),
             None => {
                 let (rtn, activation) = rtn(name)?;
-                (How::Rtn(rtn), Some(activation))
+                (How::Rtn(Box::new(rtn)), Some(activation))
             }
         };
         Ok(Self { name: name.to_string(), how, activation })
