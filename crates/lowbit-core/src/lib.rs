@@ -2,7 +2,7 @@
 //! slow reference arithmetic that every fast kernel is tested against.
 //!
 //! ```text
-//! numbers   real = scale · (code − zero) + offset
+//! numbers   real = scale · (level(code) − zero) + offset
 //! layers    y    = Q·T(x) + S·T(x) + B·(A·x) + bias
 //!                  Q quantized, T a transform, S outliers in f16, B·A of low rank
 //! letters   m tokens, n out_features, k in_features, g group_size; every matrix row-major
