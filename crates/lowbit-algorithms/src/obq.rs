@@ -197,7 +197,7 @@ fn inverse(hessian: &Hessian<'_>, damping: f64, ctx: &mut Context) -> Result<(Ma
 /// What removing each weight costs with the others held: `w_j²·H_jj / 2` (OBD), `(n, k)`.
 ///
 /// # Errors
-/// [`Error::Length`] if the calibration is of another width, and those of one without a second moment.
+/// [`Error::Length`](lowbit_core::Error::Length) if the calibration is of another width, and those of one without a second moment.
 ///
 /// # Example
 /// ```
@@ -226,7 +226,7 @@ pub fn obd_saliency(w: MatRef<'_, f32>, calibration: &Calibration) -> Result<Mat
 /// `(n, k)`, with `damping` as a share of the mean diagonal added to H.
 ///
 /// # Errors
-/// Those of [`obd_saliency`]; [`Error::Parameter`] for a damping that is no number of 0 or more.
+/// Those of [`obd_saliency`]; [`Error::Parameter`](lowbit_core::Error::Parameter) for a damping that is no number of 0 or more.
 ///
 /// # Example
 /// See [`obd_saliency`].
