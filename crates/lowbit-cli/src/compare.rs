@@ -21,7 +21,8 @@ use crate::{Threads, model, new_file::NewFile, plot, progress};
 pub(crate) struct Options {
     /// Folder of a model: config.json, tokenizer.json, model.safetensors [default: the embedded one]
     model: Option<PathBuf>,
-    /// Methods to compare, separated by commas [default: all]
+    /// Methods to compare, separated by commas [default: those that need no calibration; all if
+    /// `--calibration` is given]
     #[arg(long, value_delimiter = ',', value_name = "A,B", value_parser = model::method())]
     methods: Option<Vec<&'static Method>>,
     /// Text to measure the loss on [default: eval.tokens of the model, where it has one]
@@ -85,9 +86,9 @@ pub(crate) fn run(options: &Options) -> Result<()> {
     let windows = windows(options, &checkpoint)?;
     let methods: Vec<_> = match &options.methods {
         Some(methods) => methods.clone(),
-        // Those that can be: without a text to calibrate on, some cannot.
+        // Methods that calibrate take minutes together.
         None => {
-            let calibrated = options.calibration.is_there(options.model.as_ref());
+            let calibrated = options.calibration.is_asked_for();
             let possible =
                 |m: &&Method| calibrated || m.quantizer.needs() == lowbit::Needs::Nothing;
             METHODS.iter().filter(possible).collect()

@@ -108,10 +108,9 @@ impl CalibrationOptions {
         Ok(Some(Windows::from_tokens(checkpoint.config(), &file, &tokens)?.first(max_tokens)))
     }
 
-    /// Is there a text for the model in `folder`?
-    pub(crate) fn is_there(&self, folder: Option<&PathBuf>) -> bool {
-        let file = folder.map(|folder| folder.join("calibration.tokens"));
-        self.calibration.is_some() || file.is_none_or(|file| file.exists())
+    /// Whether a text to calibrate on was asked for.
+    pub(crate) fn is_asked_for(&self) -> bool {
+        self.calibration.is_some()
     }
 }
 
