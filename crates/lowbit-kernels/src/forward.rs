@@ -431,6 +431,9 @@ impl PackedLinear {
         /// Features whose weights are dequantized at a time.
         const BATCH: usize = 16;
         let ((m, n), k) = (y.shape(), x.cols());
+        if n == 0 {
+            return; // one of several layers
+        }
         // [is a feature an outlier in some row u8; k][weights f32; BATCH, n]
         let scratch = ctx.scratch(k.next_multiple_of(64) + 4 * BATCH * n);
         let (marks, w) = scratch.split_at_mut(k.next_multiple_of(64));

@@ -207,6 +207,18 @@ pub(crate) mod tests {
     }
 
     #[test]
+    fn a_layer_without_outputs_may_share_an_input_with_outliers() {
+        let layers = [0, 3].map(|n| PackedLinear::new(&layer(n, 4, 30, n)).unwrap());
+        let x = wave(1, 4, 9);
+        let (mut none, mut y, mut alone) = (Mat::zeros(1, 0), Mat::zeros(1, 3), Mat::zeros(1, 3));
+        let ctx = &mut Context::new();
+        let outputs = &mut [none.as_mut(), y.as_mut()];
+        forward_shared(&[&layers[0], &layers[1]], x.as_ref(), outputs, ctx).unwrap();
+        layers[1].forward(x.as_ref(), alone.as_mut(), ctx).unwrap();
+        assert_eq!(y, alone);
+    }
+
+    #[test]
     fn layers_whose_inputs_differ_are_refused_by_what_they_differ_in() {
         let layer = |k: usize, scheme, activation: Option<ActivationScheme>| {
             let q = QMatrix::quantize(wave(8, k, 1).as_ref(), scheme).unwrap();
