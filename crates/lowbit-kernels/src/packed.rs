@@ -113,11 +113,13 @@ impl PackedLinear {
     ///
     /// # Errors
     /// [`Error::Unsupported`] if there is no such kernel or this CPU lacks its instructions, or if no
-    /// kernel computes such a layer yet: zeros that are real numbers or offsets; activations in other
-    /// than f32, int8 or uint8; groups of a token neither of which divides those of the weights nor the
-    /// other way round; a group of more than 65,793 weights beside int8 activations or 33,025 beside
-    /// uint8 (whose sum might overflow); outlier features beside f32 activations; a threshold for them beside a scale that the batch
-    /// shares.
+    /// kernel computes such a layer yet: activations in other than f32, int8 or uint8; FP8 and FP6 weights
+    /// beside 8-bit activations; real zeros or offsets beside uint8 activations or those with a scale for each
+    /// group, real zeros beside outlier features; groups of a token neither of which divides those of the
+    /// weights nor the other way round; a group whose integer sum might overflow, of more than 65,793
+    /// weights beside int8 activations or 33,025 beside uint8 (511 and 257 for tables of 16-bit levels); outlier
+    /// features beside f32 activations; a threshold for them beside a scale that the batch shares.
+    /// [`Error::NotFinite`] at the first weight of NaN or infinity.
     pub fn with_kernel<S: AsRef<[u8]>>(layer: &QLinear<S>, name: &str) -> Result<Self> {
         Self::pack(layer, isa::named(name)?, 0..layer.weight().rows())
     }
