@@ -8,9 +8,10 @@ use std::{
 };
 
 use anyhow::{Context as _, Result, anyhow};
-use lowbit::{Linear, METHODS, Method, Quantizer, kernels};
+use lowbit::{Linear, METHODS, Method, Needs, Quantizer, kernels};
 use lowbit_lm::{
-    Checkpoint, Model, Protocol, Windows, eval::Baseline, measure_speed, quantize::LayerReport,
+    Checkpoint, Finished, Model, Protocol, Windows, eval::Baseline, measure_speed,
+    quantize::LayerReport,
 };
 use serde::Serialize;
 
@@ -36,6 +37,9 @@ pub(crate) struct Options {
     max_tokens: NonZeroUsize,
     #[command(flatten)]
     calibration: model::CalibrationOptions,
+    /// Folder for finished blocks: an interrupted command continues behind them
+    #[arg(long, value_name = "FOLDER")]
+    resume: Option<PathBuf>,
     /// Show what was done to each layer
     #[arg(long)]
     layers: bool,
@@ -89,8 +93,7 @@ pub(crate) fn run(options: &Options) -> Result<()> {
         // Methods that calibrate take minutes together.
         None => {
             let calibrated = options.calibration.is_asked_for();
-            let possible =
-                |m: &&Method| calibrated || m.quantizer.needs() == lowbit::Needs::Nothing;
+            let possible = |m: &&Method| calibrated || m.quantizer.needs() == Needs::Nothing;
             METHODS.iter().filter(possible).collect()
         }
     };
@@ -127,11 +130,14 @@ pub(crate) fn run(options: &Options) -> Result<()> {
     table.row(&rows[0])?;
 
     let calibration = &options.calibration;
-    let texts = calibration.windows(&checkpoint, options.model.as_ref(), &methods)?;
+    let needed = methods.iter().any(|method| method.quantizer.needs() > Needs::Nothing);
+    let texts = calibration.windows(&checkpoint, options.model.as_deref(), needed)?;
     for method in methods {
-        let texts = (texts.as_ref(), calibration);
+        let folder = options.resume.as_ref().map(|folder| folder.join(method.name));
+        let finished = folder.as_ref().map(|folder| Finished { folder, label: method.name });
+        let (texts, how) = (texts.as_ref(), calibration.how(finished, false));
         let (quantized, layers) =
-            model::quantize(&model, &checkpoint, method, texts, options.kernel, &mut ctx)
+            model::quantize(&model, &checkpoint, method, texts, how, options.kernel, &mut ctx)
                 .context(method.name)?;
         let weight_bytes: usize = layers.iter().map(|layer| layer.bytes).sum();
         let bar = progress(windows.predicted(), &format!("{}: loss", method.name));

@@ -3,7 +3,7 @@
 use std::{io::Write, ops::ControlFlow, path::PathBuf};
 
 use anyhow::Result;
-use lowbit::Method;
+use lowbit::{Method, Needs, Quantizer};
 use lowbit_lm::{Model, Sampling, generate};
 
 use crate::{Threads, model};
@@ -46,9 +46,10 @@ pub(crate) fn run(options: &Options) -> Result<()> {
     let mut model = Model::load(&checkpoint)?;
     if let Some(method) = options.method {
         let calibration = &options.calibration;
-        let texts = calibration.windows(&checkpoint, options.model.as_ref(), &[method])?;
-        let texts = (texts.as_ref(), calibration);
-        (model, _) = model::quantize(&model, &checkpoint, method, texts, None, &mut ctx)?;
+        let needed = method.quantizer.needs() > Needs::Nothing;
+        let texts = calibration.windows(&checkpoint, options.model.as_deref(), needed)?;
+        let (texts, how) = (texts.as_ref(), calibration.how(None, false));
+        (model, _) = model::quantize(&model, &checkpoint, method, texts, how, None, &mut ctx)?;
     }
     let sampling = Sampling {
         temperature: options.temperature,

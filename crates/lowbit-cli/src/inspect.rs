@@ -10,7 +10,7 @@ use lowbit::{
         conventions::{self, Convention},
     },
 };
-use lowbit_lm::open_tensors;
+use lowbit_lm::Tensors;
 use serde::Serialize;
 
 use crate::model;
@@ -66,7 +66,7 @@ const ENDS: [&str; 7] =
     [".qweight", ".weight", ".weight_packed", ".lowbit", "_blocks", ".SCB", ".weight_scale"];
 
 pub(crate) fn run(options: &Options) -> Result<()> {
-    let source = open_tensors(&options.path)?;
+    let source = Tensors::open(&options.path)?;
     let configured = configured(&options.path)?;
     let names = source.names();
     let candidates: BTreeSet<&str> = names
@@ -76,12 +76,12 @@ pub(crate) fn run(options: &Options) -> Result<()> {
     let mut layers = Vec::new();
     for name in candidates {
         let convention = match &configured {
-            Some(convention) if convention.holds(&*source, name) => Some(convention),
+            Some(convention) if convention.holds(&source, name) => Some(convention),
             _ => None,
         };
-        let detected = conventions::detect(&*source, name);
+        let detected = conventions::detect(&source, name);
         if let Some(convention) = convention.or(detected.as_ref()) {
-            layers.push(layer(&*source, name, &**convention));
+            layers.push(layer(&source, name, &**convention));
         }
     }
     let of_a_layer = |tensor: &str| {

@@ -8,7 +8,7 @@ use std::{
 
 use anyhow::{Result, anyhow};
 use clap::builder::{PossibleValue, PossibleValuesParser, TypedValueParser};
-use lowbit::{Context, Linear, METHODS, Method, Needs, PackedLinear, QLinear, Quantizer, kernels};
+use lowbit::{Context, Linear, METHODS, Method, PackedLinear, QLinear, kernels};
 use lowbit_lm::{
     Checkpoint, Finished, Model, Protocol, Windows,
     quantize::{self, LayerReport},
@@ -69,18 +69,15 @@ pub(crate) struct CalibrationOptions {
     /// Calibrate each set of layers on what the quantized sets before it in the same block give
     #[arg(long)]
     true_sequential: bool,
-    /// Folder for finished blocks: an interrupted command continues behind them
-    #[arg(long, value_name = "FOLDER")]
-    resume: Option<PathBuf>,
 }
 
 impl CalibrationOptions {
-    /// The texts; none if there are none and no method looks at them.
+    /// The texts; none if there are none and none are `needed`.
     pub(crate) fn windows(
         &self,
         checkpoint: &Checkpoint,
-        folder: Option<&PathBuf>,
-        methods: &[&Method],
+        folder: Option<&Path>,
+        needed: bool,
     ) -> Result<Option<Windows>> {
         let max_tokens = self.calibration_tokens.get();
         if let Some(file) = &self.calibration {
@@ -90,7 +87,6 @@ impl CalibrationOptions {
             let file = file.display().to_string();
             return Ok(Some(Windows::from_text(checkpoint, &file, &text, &protocol)?));
         }
-        let needed = methods.iter().any(|method| method.quantizer.needs() > Needs::Nothing);
         let file = folder.map(|folder| folder.join("calibration.tokens"));
         let (file, tokens) = match &file {
             None => ("calibration.tokens".to_string(), CALIBRATION_TOKENS.into()),
@@ -108,40 +104,48 @@ impl CalibrationOptions {
         Ok(Some(Windows::from_tokens(checkpoint.config(), &file, &tokens)?.first(max_tokens)))
     }
 
+    /// How to quantize a whole model on them.
+    pub(crate) fn how<'a>(
+        &self,
+        finished: Option<Finished<'a>>,
+        folded_scales_only: bool,
+    ) -> quantize::Options<'a> {
+        let true_sequential = self.true_sequential;
+        quantize::Options { true_sequential, folded_scales_only, finished }
+    }
+
     /// Whether a text to calibrate on was asked for.
     pub(crate) fn is_asked_for(&self) -> bool {
         self.calibration.is_some()
     }
 }
 
-/// The model with every linear layer quantized and packed, and what was done to each. Layers that no
-/// kernel computes yet are computed by the reference.
+/// The layer packed for this CPU; for the reference, if no kernel computes such layers yet and none was
+/// asked for.
+pub(crate) fn pack(layer: &QLinear, kernel: Option<&str>) -> lowbit::Result<Arc<dyn Linear>> {
+    let packed = match kernel {
+        Some(kernel) => PackedLinear::with_kernel(layer, kernel),
+        None => PackedLinear::new(layer),
+    };
+    match packed {
+        Ok(packed) => Ok(Arc::new(packed)),
+        Err(lowbit::Error::Unsupported { .. }) if kernel.is_none() => Ok(Arc::new(layer.clone())),
+        Err(e) => Err(e),
+    }
+}
+
+/// The model with every linear layer quantized and packed, and what was done to each.
 pub(crate) fn quantize(
     model: &Model,
     checkpoint: &Checkpoint,
     method: &Method,
-    (windows, calibration): (Option<&Windows>, &CalibrationOptions),
+    windows: Option<&Windows>,
+    options: quantize::Options<'_>,
     kernel: Option<&str>,
     ctx: &mut Context,
 ) -> Result<(Model, Vec<LayerReport>)> {
     let bar = progress(checkpoint.linear_names().len(), &format!("{}: quantizing", method.name));
     let mut reports = Vec::new();
-    let pack = |layer: QLinear| -> lowbit::Result<Arc<dyn Linear>> {
-        let packed = match kernel {
-            Some(kernel) => PackedLinear::with_kernel(&layer, kernel),
-            None => PackedLinear::new(&layer),
-        };
-        match packed {
-            Ok(packed) => Ok(Arc::new(packed)),
-            Err(lowbit::Error::Unsupported { .. }) if kernel.is_none() => Ok(Arc::new(layer)),
-            Err(e) => Err(e),
-        }
-    };
-    let folder = calibration.resume.as_ref().map(|folder| folder.join(method.name));
-    let options = quantize::Options {
-        true_sequential: calibration.true_sequential,
-        finished: folder.as_ref().map(|folder| Finished { folder, label: method.name }),
-    };
     let quantized = quantize::quantize(
         model,
         checkpoint,
@@ -149,7 +153,7 @@ pub(crate) fn quantize(
         windows,
         options,
         ctx,
-        pack,
+        |layer| pack(layer, kernel),
         |report| {
             reports.push(report.clone());
             bar.inc(1);

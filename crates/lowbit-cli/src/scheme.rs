@@ -1,26 +1,21 @@
-//! Ways to quantize a layer, by name: `int4-g128-zp`, `nf4-g64-a8`, or a method of `compare`.
+//! Ways to quantize a layer, by name: `int4-g128-zp`, `nf4-g64-a8`, or a method of `compare`; or a family of
+//! methods with its bits and group size.
 
 use std::str::FromStr;
 
 use anyhow::{Context as _, Result, bail, ensure};
+use clap::builder::RangedU64ValueParser;
 use lowbit::{
-    ActivationScheme, Calibration, Context, Granularity, MatRef, Method, QLinear, QuantScheme,
-    QuantType, Quantizer, Rtn, ScaleFormat, TwoLevel, ZeroFormat, dtypes::Format, presets,
+    ActivationScheme, Awq, Calibration, ChannelScale, Context, Gptq, Granularity, Mat, MatRef,
+    Method, Needs, OutlierRule, QLinear, QuantScheme, QuantType, Quantizer, Recipe, Rtn,
+    ScaleFormat, Spqr, TwoLevel, ZeroFormat, dtypes::Format, presets,
 };
 
-/// A way to quantize a layer without having seen its inputs.
+/// A way to quantize a layer.
 #[derive(Clone)]
 pub(crate) struct Scheme {
     pub(crate) name: String,
-    how: How,
-    /// Replaces what a method says.
-    activation: Option<Option<ActivationScheme>>,
-}
-
-#[derive(Clone)]
-enum How {
-    Rtn(Box<Rtn>),
-    Method(&'static Method),
+    pub(crate) recipe: Box<Recipe<'static>>,
 }
 
 /// What `--help` says of the names.
@@ -30,27 +25,147 @@ g128 or 128x128 for groups or blocks that share a scale (otherwise a row does), 
 f32, f16, bf16 or e8m0 for how scales are stored, is4 for scales that are integers of 4 bits, a8 for int8 activations. \
 Or a method of `compare`";
 
+/// Names that stand for a method of any width.
+const FAMILIES: &str = "rtn, gptq, awq, spqr or best";
+
+/// Options that name a method.
+#[derive(clap::Args)]
+pub(crate) struct MethodOptions {
+    /// rtn (to nearest), gptq, awq, spqr or best (GPTQ improved), with --bits and --group-size; or a
+    /// method of `compare`, such as smoothquant; or a scheme to round to, such as int4-g128, nf4-g64,
+    /// fp8-128x128, mxfp4
+    #[arg(long, value_name = "NAME")]
+    method: String,
+    /// Bits of a weight [default: 4]
+    #[arg(long, value_name = "N", value_parser = RangedU64ValueParser::<u8>::new().range(1..=8))]
+    bits: Option<u8>,
+    /// Weights that share a scale, -1 for a whole row [default: 128; 16 for spqr]
+    #[arg(long, value_name = "N", allow_negative_numbers = true, value_parser = group_size)]
+    group_size: Option<Granularity>,
+    /// A zero-point beside each scale; awq and best always have one
+    #[arg(long)]
+    zero_points: bool,
+}
+
+fn group_size(text: &str) -> Result<Granularity, String> {
+    match text.parse::<i64>() {
+        Ok(-1) => Ok(Granularity::PerChannel),
+        Ok(size @ 1..) => {
+            usize::try_from(size).map(Granularity::PerGroup).map_err(|e| e.to_string())
+        }
+        _ => Err("expected a number of weights, or -1 for a whole row".into()),
+    }
+}
+
+impl MethodOptions {
+    /// The method that is asked for.
+    pub(crate) fn scheme(&self) -> Result<Scheme> {
+        let Self { method, bits, group_size, zero_points } = self;
+        if let Some(family) = self.family() {
+            return family;
+        }
+        let scheme: Scheme = method.parse().with_context(|| {
+            format!("no method {method:?}: expected {FAMILIES}, a scheme or a preset, see --help")
+        })?;
+        if bits.is_none() && group_size.is_none() && !zero_points {
+            return Ok(scheme);
+        }
+        let stored = scheme.example(16, 512)?.weight().scheme();
+        for (same, option) in [
+            (bits.is_none_or(|bits| bits == stored.dtype.bits()), "--bits"),
+            (group_size.is_none_or(|size| size == stored.granularity), "--group-size"),
+            (
+                !zero_points || !matches!(stored.zero, ZeroFormat::None | ZeroFormat::Midpoint),
+                "--zero-points",
+            ),
+        ] {
+            ensure!(
+                same,
+                "{method} says itself how it stores weights: leave {option} out, or choose {FAMILIES}"
+            );
+        }
+        Ok(scheme)
+    }
+
+    /// A method of a family; `None` if it is none.
+    fn family(&self) -> Option<Result<Scheme>> {
+        let family = self.method.as_str();
+        let always = matches!(family, "awq" | "best");
+        let bits = self.bits.unwrap_or(4);
+        let size = if family == "spqr" { 16 } else { 128 };
+        let granularity = self.group_size.unwrap_or(Granularity::PerGroup(size));
+        let zp = self.zero_points || always;
+        let integers = match zp {
+            true => QuantScheme::affine(bits, granularity),
+            false => QuantScheme::symmetric(bits, granularity),
+        };
+        let recipe = match family {
+            "rtn" => rounding(Rtn::new(integers)),
+            "gptq" => rounding(Gptq::new(integers)),
+            "best" => rounding(Gptq::improved(integers)),
+            "awq" => {
+                let Rtn { scheme, fit } = Rtn::new(integers);
+                let scale = Some(ChannelScale::Awq(Awq { scheme, fit }));
+                Recipe { scale, ..rounding(Rtn::new(integers)) }
+            }
+            "spqr" if self.zero_points => {
+                let wrong = "spqr has zeros of its own: leave --zero-points out";
+                return Some(Err(anyhow::anyhow!(wrong)));
+            }
+            "spqr" => {
+                let mut spqr = Spqr { outliers: OutlierRule::Share(0.01), ..Spqr::new(bits) };
+                spqr.rounding.scheme.granularity = granularity;
+                rounding(spqr)
+            }
+            _ => return None,
+        };
+        let prefix = if family == "rtn" { String::new() } else { format!("{family}-") };
+        let group = match granularity {
+            Granularity::PerGroup(size) => format!("-g{size}"),
+            _ => String::new(),
+        };
+        let zp = if zp { "-zp" } else { "" };
+        let name = format!("{prefix}int{bits}{group}{zp}");
+        Some(Ok(Scheme { name, recipe: Box::new(recipe) }))
+    }
+}
+
+/// Just `quantizer`, which lives as long as the program: names are read once, from the command line.
+fn rounding(quantizer: impl Quantizer + 'static) -> Recipe<'static> {
+    Recipe::rounding(Box::leak(Box::new(quantizer)))
+}
+
 impl Scheme {
     /// With activations of the given type, whatever the name says.
     pub(crate) fn with_activation(self, activation: Option<ActivationScheme>) -> Self {
-        Self { activation: Some(activation), ..self }
+        let recipe = Box::new(Recipe { activation, ..*self.recipe });
+        Self { recipe, ..self }
     }
 
-    /// Quantizes the `(out_features, in_features)` weight `w`.
+    /// Quantizes the `(out_features, in_features)` weight `w` without having seen its inputs.
     pub(crate) fn quantize(
         &self,
         w: MatRef<'_, f32>,
         ctx: &mut Context,
     ) -> lowbit::Result<QLinear> {
-        let calibration = Calibration::new(w.cols());
-        let layer = match &self.how {
-            How::Rtn(rtn) => rtn.quantize(w, &calibration, ctx)?.layer,
-            How::Method(method) => method.quantizer.quantize(w, &calibration, ctx)?.layer,
+        Ok(self.recipe.quantize(w, &Calibration::new(w.cols()), ctx)?.layer)
+    }
+
+    /// A layer such as this makes of `rows` outputs and `cols` inputs, some of which are outliers. Scales
+    /// of channels have vanished.
+    pub(crate) fn example(&self, rows: usize, cols: usize) -> lowbit::Result<QLinear> {
+        let noise = |r: usize, c: usize| ((r * 131 + c * 71) as f32 * 0.37).sin();
+        let outlier = |c: usize| if c == 0 { 100.0 } else { 1.0 };
+        let w = Mat::from_fn(rows, cols, noise);
+        let mut calibration = match self.recipe.needs() {
+            Needs::SecondMoment => Calibration::with_second_moment(cols)?,
+            _ => Calibration::new(cols),
         };
-        Ok(match self.activation {
-            Some(activation) => layer.with_activation(activation),
-            None => layer,
-        })
+        let x = Mat::from_fn(32, cols, |r, c| noise(c, r) * outlier(c));
+        let ctx = &mut Context::new();
+        calibration.observe(x.as_ref(), ctx)?;
+        let recipe = Recipe { scale: None, ..*self.recipe };
+        Ok(recipe.quantize(w.as_ref(), &calibration, ctx)?.layer)
     }
 }
 
@@ -58,14 +173,14 @@ impl FromStr for Scheme {
     type Err = anyhow::Error;
 
     fn from_str(name: &str) -> Result<Self> {
-        let (how, activation) = match Method::named(name) {
-            Some(method) => (How::Method(method), None),
+        let recipe = match Method::named(name) {
+            Some(method) => method.quantizer,
             None => {
                 let (rtn, activation) = rtn(name)?;
-                (How::Rtn(Box::new(rtn)), Some(activation))
+                Recipe { activation, ..rounding(rtn) }
             }
         };
-        Ok(Self { name: name.to_string(), how, activation })
+        Ok(Self { name: name.to_string(), recipe: Box::new(recipe) })
     }
 }
 
@@ -160,6 +275,57 @@ mod tests {
             assert_eq!(layer.activation().is_some(), activation, "{name}");
             let f32 = named.with_activation(None).quantize(w.as_ref(), &mut Context::new());
             assert_eq!(f32.unwrap().activation(), None, "{name}");
+        }
+    }
+
+    fn options(args: &str) -> Result<Scheme> {
+        #[derive(clap::Parser)]
+        struct Cli {
+            #[command(flatten)]
+            method: MethodOptions,
+        }
+        let args = ["lowbit", "--method"].into_iter().chain(args.split(' '));
+        <Cli as clap::Parser>::try_parse_from(args)?.method.scheme()
+    }
+
+    #[test]
+    fn a_family_with_its_numbers_is_the_preset_of_that_name() {
+        for (args, name) in [
+            ("rtn", "int4-g128"),
+            ("rtn --bits 8 --group-size -1", "int8"),
+            ("rtn --bits 2 --group-size 32 --zero-points", "int2-g32-zp"),
+            ("gptq --bits 4 --group-size 128", "gptq-int4-g128"),
+            ("gptq --bits 3 --group-size 32 --zero-points", "gptq-int3-g32-zp"),
+            ("best --bits 3 --group-size 32", "best-int3-g32-zp"),
+            ("spqr --bits 3", "spqr-int3-g16"),
+        ] {
+            let (family, preset) = (options(args).unwrap(), Method::named(name).unwrap());
+            assert_eq!(family.name, name);
+            let preset = Scheme { name: name.into(), recipe: Box::new(preset.quantizer) };
+            assert_eq!(family.example(16, 256), preset.example(16, 256), "{name}");
+        }
+        let awq = options("awq --group-size 32").unwrap();
+        let preset = Method::named("awq-g32").unwrap().quantizer;
+        assert_eq!((awq.name.as_str(), awq.recipe.scale), ("awq-int4-g32-zp", preset.scale));
+    }
+
+    #[test]
+    fn a_preset_refuses_numbers_that_contradict_it() {
+        assert!(options("gptq-int4-g128 --bits 4 --group-size 128").is_ok());
+        assert!(options("smoothquant --bits 8 --group-size -1").is_ok());
+        assert!(options("nf4-g64 --bits 4").is_ok());
+        for (args, word) in [
+            ("gptq-int4-g128 --bits 3", "leave --bits out"),
+            ("int4-g32 --group-size 128", "leave --group-size out"),
+            ("smoothquant --bits 4", "leave --bits out"),
+            ("int4-g32 --zero-points", "leave --zero-points out"),
+            ("spqr --zero-points", "leave --zero-points out"),
+            ("gptq5", "no method \"gptq5\""),
+            ("gptq --bits 9", "9"),
+            ("gptq --group-size 0", "-1 for a whole row"),
+        ] {
+            let error = options(args).err().unwrap().to_string();
+            assert!(error.contains(word), "{error}");
         }
     }
 

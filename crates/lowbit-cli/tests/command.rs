@@ -3,7 +3,8 @@
 use std::{
     fs,
     path::{Path, PathBuf},
-    process::{Command, Output},
+    process::{Command, Output, Stdio},
+    time::Duration,
 };
 
 use serde_json::Value;
@@ -347,33 +348,192 @@ fn a_quantized_checkpoint_predicts_as_well_as_the_model_that_was_quantized() {
     assert!(generated.status.success());
 }
 
+/// Of layers that a method has calibrated, block by block: [`eval`] of the files is what `compare` has shown.
+#[test]
+fn a_calibrated_checkpoint_predicts_as_compare_says() {
+    let copy = Copy::new();
+    let [model, text, out] = ["", "text.txt", "out"].map(|file| copy.file(file));
+    let [model, text, out] = [&model, &text, &out].map(|path| path.to_str().unwrap());
+    let calibration = ["--calibration", text];
+    for (method, options, formats) in [
+        (
+            "gptq-int4-g32-zp",
+            &["gptq", "--bits", "4", "--group-size", "32", "--zero-points"][..],
+            &["lowbit", "gptq", "awq", "compressed-tensors"][..],
+        ),
+        ("awq-g32", &["awq", "--group-size", "32"], &["lowbit"]),
+        ("spqr-int3-g16", &["spqr", "--bits", "3"], &["lowbit"]),
+        ("smoothquant", &["smoothquant"], &["lowbit"]),
+        ("best-l4", &["best-l4"], &["lowbit"]),
+    ] {
+        let compare = ["compare", model, "--methods", method, "--text", text, "--json"];
+        let compared = json(&[&compare[..], &calibration].concat());
+        let expected = compared["rows"][1]["perplexity"].as_f64().unwrap();
+        for format in formats {
+            let quantize = ["quantize", model, "--out", out, "--json", "--format", format];
+            let args = [&quantize[..], &calibration, &["--method"], options].concat();
+            let report = json(&args);
+            let got =
+                json(&["eval", out, "--text", text, "--json"])["perplexity"].as_f64().unwrap();
+            // Layers that no kernel computes yet are computed by the reference in one, in f32 in the other.
+            assert!((got / expected - 1.0).abs() < 1e-6, "{method} {format}: {got} {expected}");
+            let folded = report["folded"].as_array().unwrap().len();
+            let scales = matches!(method, "awq-g32" | "smoothquant");
+            assert_eq!(folded, if scales { 8 } else { 0 }, "{method}");
+            // Two queries share a key in this model, so o cannot hand its scale to v.
+            let substitutions = report["substitutions"].as_array().unwrap().len();
+            assert_eq!(substitutions, if scales { 4 } else { 0 }, "{method}");
+            let files = fs::read_dir(out).unwrap().map(|entry| entry.unwrap().file_name());
+            let mut files: Vec<_> = files.map(|name| name.into_string().unwrap()).collect();
+            files.retain(|name| !name.starts_with("model-0000"));
+            files.sort();
+            let index = "model.safetensors.index.json";
+            let others = ["quantization.json", "text.txt", "tokenizer.json"];
+            assert_eq!(files, [&["config.json", index][..], &others].concat());
+            fs::remove_dir_all(out).unwrap();
+        }
+    }
+}
+
+#[test]
+fn a_format_without_a_place_for_scales_gets_none_and_says_so() {
+    let copy = Copy::new();
+    let [model, text, out] = ["", "text.txt", "out"].map(|file| copy.file(file));
+    let [model, text, out] = [&model, &text, &out].map(|path| path.to_str().unwrap());
+    for (method, format) in [("awq-g32", "awq"), ("smoothquant", "compressed-tensors")] {
+        let quantize = ["quantize", model, "--out", out, "--json", "--calibration", text];
+        let report = json(&[&quantize[..], &["--method", method, "--format", format]].concat());
+        let substitutions = report["substitutions"].as_array().unwrap();
+        assert_eq!(substitutions.len(), 4);
+        let said = substitutions[0].as_str().unwrap();
+        assert!(
+            said.contains("o_proj: its input is not scaled") && said.contains(format),
+            "{said}"
+        );
+        let perplexity =
+            |model| json(&["eval", model, "--text", text, "--json"])["perplexity"].as_f64();
+        let (got, f32) = (perplexity(out).unwrap(), perplexity(model).unwrap());
+        assert!((got / f32 - 1.0).abs() < 0.1, "{got} {f32}");
+        fs::remove_dir_all(out).unwrap();
+    }
+}
+
+/// The process is killed; what comes after it makes the same files as a process that nobody has disturbed.
+#[test]
+fn a_run_that_was_killed_continues_and_gives_the_same_bytes() {
+    let copy = Copy::new();
+    let calibration = embedded().join("calibration.tokens");
+    fs::copy(calibration, copy.file("calibration.tokens")).unwrap();
+    let [model, killed, whole] = ["", "killed", "whole"].map(|file| copy.file(file));
+    let args = |out: &Path| {
+        let [model, out] = [&model, out].map(|path| path.to_str().unwrap().to_string());
+        let args = ["quantize", &model, "--method", "best-int4-g16", "--out", &out];
+        let tokens = ["--calibration-tokens", "1000", "--json"];
+        args.into_iter().chain(tokens).map(String::from).collect::<Vec<_>>()
+    };
+    let mut child = Command::new(env!("CARGO_BIN_EXE_lowbit"))
+        .args(args(&killed))
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .spawn()
+        .unwrap();
+    let part = copy.file("killed.part");
+    while !part.join("blocks/block-0001.safetensors").exists() {
+        assert!(child.try_wait().unwrap().is_none(), "it has ended");
+        std::thread::sleep(Duration::from_millis(2));
+    }
+    child.kill().unwrap();
+    child.wait().unwrap();
+    assert!(!killed.exists() && part.exists());
+    let other = args(&killed).into_iter().map(|arg| arg.replace("best-int4-g16", "int8"));
+    let other: Vec<_> = other.collect();
+    let other: Vec<_> = other.iter().map(String::as_str).collect();
+    refuses(&other, &["killed.part", "another model, method or format"]);
+
+    let run = |out: &Path| {
+        let args = args(out);
+        json(&args.iter().map(String::as_str).collect::<Vec<_>>())
+    };
+    let (mut continued, mut expected) = (run(&killed), run(&whole));
+    assert!(!part.exists());
+    for report in [&mut continued, &mut expected] {
+        report["out"] = Value::Null;
+    }
+    assert_eq!(continued, expected);
+    let mut files = 0;
+    for entry in fs::read_dir(&whole).unwrap() {
+        let name = entry.unwrap().file_name();
+        if name == "quantization.json" {
+            continue; // as printed
+        }
+        let bytes = |out: &Path| fs::read(out.join(&name)).unwrap();
+        assert!(bytes(&killed) == bytes(&whole), "{name:?}");
+        files += 1;
+    }
+    assert_eq!((files, fs::read_dir(&killed).unwrap().count()), (10, 11));
+}
+
+/// Its tensors are enough for methods that look at nothing else.
+#[test]
+fn a_model_of_another_architecture_is_quantized_where_nothing_must_be_run() {
+    let copy = Copy::new().replace("config.json", "LlamaForCausalLM", "GrokForCausalLM");
+    let [model, text, out] = ["", "text.txt", "out"].map(|file| copy.file(file));
+    let [model, text, out] = [&model, &text, &out].map(|path| path.to_str().unwrap());
+    let quantize = ["quantize", model, "--out", out, "--json", "--method"];
+    let unknown = "architecture that is known here";
+    for more in [&["gptq", "--calibration", text][..], &["int4-g32", "--format", "gguf"]] {
+        refuses(&[&quantize[..], more].concat(), &[unknown, "Grok"]);
+    }
+    let report =
+        json(&[&quantize[..], &["rtn", "--group-size", "32", "--format", "gptq"]].concat());
+    assert_eq!(report["method"], "int4-g32");
+    assert_eq!(report["layers"].as_array().unwrap().len(), 28);
+    let again = copy.file("again");
+    let again = again.to_str().unwrap();
+    refuses(&["quantize", out, "--out", again, "--method", "rtn"], &["quantized already"]);
+    // The layers are those of the known architecture.
+    for folder in [model, out] {
+        let config = Path::new(folder).join("config.json");
+        let json = fs::read_to_string(&config).unwrap();
+        fs::write(config, json.replace("GrokForCausalLM", "LlamaForCausalLM")).unwrap();
+    }
+    json(&["quantize", model, "--out", again, "--method", "int4-g32", "--json"]);
+    let perplexity = |model| json(&["eval", model, "--text", text, "--json"])["perplexity"].clone();
+    assert_eq!(perplexity(out), perplexity(again));
+}
+
 #[test]
 fn quantize_refuses_before_it_writes() {
     let copy = Copy::new();
-    let model = copy.0.path().to_str().unwrap();
-    let out = copy.file("out");
-    let out = out.to_str().unwrap();
+    let [model, text, out] = ["", "text.txt", "out"].map(|file| copy.file(file));
+    let [model, text, out] = [&model, &text, &out].map(|path| path.to_str().unwrap());
     let part = format!("{out}.part");
-    let quantize = |method: &'static str, format: &'static str| {
-        ["quantize", model, "--method", method, "--format", format, "--out", out].map(String::from)
+    let quantize = |method, format| {
+        let model = ["quantize", model, "--method", method, "--format", format, "--out", out];
+        [&model[..], &["--calibration", text]].concat()
     };
-    fn strs(args: &[String; 8]) -> [&str; 8] {
-        args.each_ref().map(String::as_str)
-    }
-    refuses(&strs(&quantize("smoothquant", "lowbit")), &["smoothquant", "calibration", "int8"]);
-    let (int3, w8a8) = (quantize("int3-g32", "awq"), quantize("w8a8", "gptq"));
-    // They also say how much memory they will take.
-    for (args, words) in [(int3, "codes of 3 bits"), (w8a8, "quantized activations")] {
-        let output = lowbit(&strs(&args));
-        let said = String::from_utf8(output.stderr).unwrap();
-        assert_eq!(output.status.code(), Some(2));
-        assert!(said.contains(words), "{said}");
+    for (method, format, words) in [
+        ("int3-g32", "awq", "codes of 3 bits"),
+        ("w8a8", "gptq", "quantized activations"),
+        ("w8a8-rot", "compressed-tensors", "a transform of the input"),
+        ("spqr", "gptq", "outliers"),
+        ("llm-int8", "compressed-tensors", "outliers"),
+        ("best-int4-g16", "awq", "two-level"),
+        ("nf4-g64", "gguf", "ggml cannot hold"),
+        ("gptq-int4-g128", "gguf", "ggml cannot hold"),
+        ("int4-g32", "bnb", "bitsandbytes int8 cannot hold"),
+    ] {
+        refuses(&quantize(method, format), &[method, format, words]);
         assert!(!Path::new(&part).exists() && !Path::new(out).exists());
     }
+    let without = quantize("smoothquant", "lowbit");
+    refuses(&without[..8], &["calibration.tokens", "--calibration FILE"]);
+    refuses(&[&without[..], &["--bits", "4"]].concat(), &["smoothquant", "--bits"]);
+    refuses(&quantize("gptq5", "lowbit"), &["gptq5", "gptq, awq, spqr or best"]);
     fs::create_dir(&part).unwrap();
-    refuses(&strs(&quantize("int8", "lowbit")), &["out.part", "remove it"]);
+    refuses(&quantize("int8", "lowbit"), &["out.part", "remove it"]);
     fs::create_dir(out).unwrap();
-    refuses(&strs(&quantize("int8", "lowbit")), &["out exists"]);
+    refuses(&quantize("int8", "lowbit"), &["out exists"]);
 }
 
 #[test]

@@ -1,22 +1,18 @@
-use std::{
-    borrow::Cow,
-    collections::BTreeSet,
-    fs::{self, File},
-    path::Path,
-};
+use std::{borrow::Cow, collections::BTreeSet, path::Path};
 
 use lowbit::{
     Mat, QLinear,
     formats::{
-        Safetensors, Sharded, TensorSource,
+        Safetensors, TensorSource, TensorView,
         conventions::{self, Convention, Ggml},
-        gguf::Gguf,
     },
 };
-use memmap2::Mmap;
 use serde_json::Value;
 
-use crate::{Config, Error, Result, Tokenizer, llama_gguf::LlamaGguf};
+use crate::{
+    Config, Error, Result, Tensors, Tokenizer,
+    tensors::{holds_gguf, read},
+};
 
 /// A model as it is stored, checked, and not yet in memory: the Hugging Face layout of
 /// `config.json`, `tokenizer.json` and `model.safetensors` (or several files under
@@ -40,9 +36,6 @@ pub struct Checkpoint {
     /// How linear layers that are quantized are stored.
     convention: Option<Box<dyn Convention>>,
 }
-
-/// The tensors of one file or several.
-type Tensors = Box<dyn TensorSource + Send + Sync>;
 
 /// The weights of one linear layer, in f32, on their way to whatever will multiply with them.
 #[derive(Clone, Debug, PartialEq)]
@@ -70,13 +63,9 @@ impl Checkpoint {
         let json = read(&path("config.json"))?;
         let config = Config::parse(&name("config.json"), &json)?;
         let tokenizer = Tokenizer::parse(&name("tokenizer.json"), &read(&path("tokenizer.json"))?)?;
-        let gguf = "model.gguf";
-        let is_gguf = path(gguf).exists() && !path("model.safetensors").exists();
-        let (tensors, convention): (Tensors, _) = if is_gguf {
-            let file = Gguf::new(name(gguf), map(&path(gguf))?)?;
-            (Box::new(LlamaGguf::new(file, &config)?), Some(Box::new(Ggml) as Box<dyn Convention>))
-        } else {
-            (open_tensors(folder)?, convention(&json)?)
+        let (tensors, convention) = match holds_gguf(folder) {
+            true => (Tensors::open_llama_gguf(folder, &config)?, Some(Box::new(Ggml) as Box<_>)),
+            false => (Tensors::open(folder)?, convention(&json)?),
         };
         Self::new(folder.display().to_string(), config, convention, tokenizer, tensors)
     }
@@ -96,7 +85,7 @@ impl Checkpoint {
         let config = Config::parse(&format!("{name}/config.json"), config)?;
         let tokenizer = Tokenizer::parse(&format!("{name}/tokenizer.json"), tokenizer)?;
         let tensors = Safetensors::new(format!("{name}/model.safetensors"), safetensors.into())?;
-        Self::new(name.into(), config, convention, tokenizer, Box::new(tensors))
+        Self::new(name.into(), config, convention, tokenizer, Tensors::in_memory(tensors))
     }
 
     fn new(
@@ -127,8 +116,8 @@ impl Checkpoint {
     }
 
     /// The tensors as they are stored.
-    pub fn tensors(&self) -> &dyn TensorSource {
-        &*self.tensors
+    pub fn tensors(&self) -> &Tensors {
+        &self.tensors
     }
 
     /// The linear layers that a model may swap, from first to last: q, k, v, o, gate, up and down
@@ -154,8 +143,8 @@ impl Checkpoint {
     /// [`Error::Format`] if its tensors make no layer.
     pub fn quantized(&self, name: &str) -> Result<Option<QLinear>> {
         match &self.convention {
-            Some(convention) if convention.holds(&*self.tensors, name) => {
-                Ok(Some(convention.read(&*self.tensors, name)?))
+            Some(convention) if convention.holds(&self.tensors, name) => {
+                Ok(Some(convention.read(&self.tensors, name)?))
             }
             _ => Ok(None),
         }
@@ -181,6 +170,20 @@ impl Checkpoint {
             weight: self.matrix(&format!("{name}.weight"))?,
             bias: self.tensors.tensor(&bias).is_ok().then(|| self.vector(&bias)).transpose()?,
         })
+    }
+
+    /// Rows of the embedding, `(tokens, hidden_size)`.
+    pub(crate) fn embed(&self, tokens: &[u32]) -> Result<Vec<f32>> {
+        let all = self.tensors.tensor(EMBEDDING)?;
+        let len = all.bytes.len() / self.config.vocab_size;
+        let mut rows = Vec::with_capacity(tokens.len() * self.config.hidden_size);
+        for &token in tokens {
+            let row = all.bytes.chunks_exact(len.max(1)).nth(token as usize);
+            let vocab_size = self.config.vocab_size;
+            let bytes = row.ok_or(Error::Token { token, vocab_size })?;
+            rows.extend(TensorView { bytes, ..all }.to_f32()?);
+        }
+        Ok(rows)
     }
 
     pub(crate) fn vector(&self, name: &str) -> Result<Vec<f32>> {
@@ -212,6 +215,8 @@ impl Checkpoint {
         };
         check(EMBEDDING.into(), &[c.vocab_size, c.hidden_size])?;
         for layer in 0..c.num_hidden_layers {
+            // What the blocks before had in memory is not looked at again.
+            self.tensors.release();
             for norm in block_norms(layer) {
                 check(norm, &[c.hidden_size])?;
             }
@@ -328,56 +333,10 @@ pub(crate) fn block_norms(layer: usize) -> [String; 2] {
         .map(|norm| format!("model.layers.{layer}.{norm}.weight"))
 }
 
-/// The tensors of a folder in the layout of [`Checkpoint`], or of a single file, mapped.
-///
-/// # Errors
-/// [`Error::Io`] or [`Error::Format`].
-///
-/// # Example
-/// ```no_run
-/// let tensors = lowbit_lm::open_tensors("models/stories3m".as_ref())?;
-/// println!("{:?}", tensors.names());
-/// # Ok::<(), lowbit_lm::Error>(())
-/// ```
-pub fn open_tensors(path: &Path) -> Result<Box<dyn TensorSource + Send + Sync>> {
-    if !path.is_dir() {
-        let name = path.display().to_string();
-        return Ok(match path.extension().is_some_and(|extension| extension == "gguf") {
-            true => Box::new(Gguf::new(name, map(path)?)?),
-            false => Box::new(Safetensors::new(name, map(path)?)?),
-        });
-    }
-    let name = |file: &str| path.join(file).display().to_string();
-    let (index, file) = ("model.safetensors.index.json", "model.safetensors");
-    let gguf = path.join("model.gguf");
-    if gguf.exists() && !path.join(file).exists() {
-        return open_tensors(&gguf);
-    }
-    if !path.join(file).exists() && path.join(index).exists() {
-        let json = read(&path.join(index))?;
-        return Ok(Box::new(Sharded::new(name(index), &json, |file| map(&path.join(file)))?));
-    }
-    Ok(Box::new(Safetensors::new(name(file), map(&path.join(file))?)?))
-}
-
 /// How the layers of a model with this config.json are quantized.
 fn convention(json: &[u8]) -> Result<Option<Box<dyn Convention>>> {
     // What is no JSON is refused by the parser of the rest.
     let config: Option<Value> = serde_json::from_slice(json).ok();
     let quantization = config.as_ref().and_then(|config| config.get("quantization_config"));
     Ok(quantization.map(conventions::from_config).transpose()?)
-}
-
-fn read(path: &Path) -> Result<Vec<u8>> {
-    fs::read(path).map_err(|cause| Error::Io { path: path.into(), cause })
-}
-
-#[allow(unsafe_code, reason = "mapping is unsafe because other processes may change the file")]
-fn map(path: &Path) -> Result<Mmap> {
-    let error = |cause| Error::Io { path: path.into(), cause };
-    let file = File::open(path).map_err(error)?;
-    // SAFETY: the map is only read, as bytes, of which every pattern is valid, and keeps the file
-    // alive. That nobody changes the file meanwhile is asked of the caller of `Checkpoint::open`:
-    // no process can rule it out.
-    unsafe { Mmap::map(&file) }.map_err(error)
 }

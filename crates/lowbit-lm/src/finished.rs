@@ -74,9 +74,9 @@ impl Finished<'_> {
         let mut reports = serde_json::Map::new();
         for (layer, report) in &kept.layers {
             tensors.extend(Lowbit.write(layer, &report.name)?);
-            let LayerReport { error, scaled_at_run_time, report: r, .. } = report;
+            let LayerReport { error, weight_error, scaled_at_run_time, report: r, .. } = report;
             let value = json!({
-                "error": error, "scaled_at_run_time": scaled_at_run_time, "alpha": r.alpha,
+                "error": error, "weight_error": weight_error, "scaled_at_run_time": scaled_at_run_time, "alpha": r.alpha,
                 "damping": r.damping, "dead_columns": r.dead_columns, "outliers": r.outliers,
                 "fallback": r.fallback,
             });
@@ -120,6 +120,7 @@ fn report(name: &str, layer: &QLinear, kept: &Value) -> LayerReport {
         weights: layer.weight().rows() * layer.weight().cols(),
         bytes: layer.bytes(),
         error: kept["error"].as_f64(),
+        weight_error: kept["weight_error"].as_f64().unwrap_or(0.0),
         scaled_at_run_time: kept["scaled_at_run_time"].as_bool().unwrap_or(false),
         report,
     }

@@ -57,12 +57,13 @@ mod ops;
 pub mod outliers;
 pub mod quantize;
 mod speed;
+mod tensors;
 #[cfg(test)]
 mod tests;
 mod tokenizer;
 mod windows;
 
-pub use checkpoint::{Checkpoint, LinearWeights, open_tensors};
+pub use checkpoint::{Checkpoint, LinearWeights};
 pub use config::{Config, Llama3Scaling};
 pub use dense::DenseLinear;
 pub use error::Error;
@@ -71,6 +72,7 @@ pub use generate::{Generated, Sampling, Stop, generate};
 pub use kv::KvCache;
 pub use model::Model;
 pub use speed::{PROMPT, Speed, measure_speed};
+pub use tensors::Tensors;
 pub use tokenizer::Tokenizer;
 pub use windows::{Protocol, Windows};
 

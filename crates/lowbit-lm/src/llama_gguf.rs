@@ -92,20 +92,32 @@ fn sort_rows(view: TensorView<'_>, heads: usize, back: bool) -> Option<Tensor> {
     Some(Tensor::new(view.name, view.dtype, view.shape.to_vec(), bytes))
 }
 
-/// A tensor of a checkpoint as it is in GGUF, but for its name: q and k sorted, norms in f32.
+/// A tensor of a checkpoint as it is in GGUF, but for its name: q and k sorted, norms in f32. `None` if it
+/// is the same.
 ///
 /// # Errors
 /// [`Error::Invalid`] if the rows of q or k do not make heads, [`Error::Format`] if a norm is no tensor of
 /// floats.
-pub fn to_gguf(config: &Config, tensor: Tensor) -> Result<Tensor> {
-    let invalid = || Error::Invalid(format!("{}: its rows do not make heads", tensor.name));
-    match sorted_heads(config, &tensor.name) {
-        Some(heads) => sort_rows(tensor.view(), heads, false).ok_or_else(invalid),
-        None if tensor.shape.len() == 1 => {
-            Ok(Tensor::f32(&*tensor.name, tensor.shape.clone(), &tensor.view().to_f32()?))
+///
+/// # Example
+/// ```no_run
+/// use lowbit::formats::TensorSource;
+/// use lowbit_lm::{Checkpoint, llama_gguf};
+///
+/// let checkpoint = Checkpoint::open("models/stories3m")?;
+/// let embedding = checkpoint.tensors().tensor("model.embed_tokens.weight")?;
+/// assert!(llama_gguf::to_gguf(checkpoint.config(), embedding)?.is_none());
+/// # Ok::<(), lowbit_lm::Error>(())
+/// ```
+pub fn to_gguf(config: &Config, view: TensorView<'_>) -> Result<Option<Tensor>> {
+    let invalid = || Error::Invalid(format!("{}: its rows do not make heads", view.name));
+    Ok(match sorted_heads(config, view.name) {
+        Some(heads) => Some(sort_rows(view, heads, false).ok_or_else(invalid)?),
+        None if view.shape.len() == 1 => {
+            Some(Tensor::f32(view.name, view.shape.to_vec(), &view.to_f32()?))
         }
-        None => Ok(tensor),
-    }
+        None => None,
+    })
 }
 
 /// A GGUF file under the names, and in the order of rows, of a checkpoint.

@@ -37,12 +37,14 @@ struct Trunk {
 }
 
 /// The linear layers of a block, and the gains before attention and before the MLP.
+#[derive(Clone)]
 pub(crate) struct Block {
     pub(crate) norms: Arc<[Vec<f32>; 2]>,
     /// q, k, v, o, gate, up and down.
     pub(crate) layers: [Layer; 7],
 }
 
+#[derive(Clone)]
 pub(crate) struct Layer {
     pub(crate) name: String,
     pub(crate) linear: Arc<dyn Linear>,
@@ -56,6 +58,15 @@ pub(crate) struct Angles {
     past: usize,
     sin: Vec<f32>,
     cos: Vec<f32>,
+}
+
+impl Angles {
+    /// Those of `m` tokens from `past` on.
+    pub(crate) fn new(frequencies: &[f32], past: usize, m: usize) -> Self {
+        let angles = (past..past + m).flat_map(|p| frequencies.iter().map(move |f| p as f32 * f));
+        let (sin, cos) = angles.map(f32::sin_cos).unzip();
+        Self { past, sin, cos }
+    }
 }
 
 /// What a block shows of itself while it computes.
@@ -309,65 +320,18 @@ impl Model {
     ) -> Result<Vec<f32>> {
         let past = cache.len();
         let mut x = self.embed(tokens);
-        let angles = self.angles(past, tokens.len());
+        let angles = Angles::new(&self.trunk.frequencies, past, tokens.len());
         for (block, kv) in self.blocks.iter().zip(&mut cache.blocks) {
-            self.run_block(block, &mut x, &angles, kv, ctx, observe)?;
+            block.run(&self.trunk.config, &mut x, &angles, kv, ctx, observe)?;
         }
         Ok(x)
     }
 
-    /// The rotary embeddings of `m` tokens from `past` on.
-    pub(crate) fn angles(&self, past: usize, m: usize) -> Angles {
-        let frequencies = &self.trunk.frequencies;
-        let angles = (past..past + m).flat_map(|p| frequencies.iter().map(move |f| p as f32 * f));
-        let (sin, cos) = angles.map(f32::sin_cos).unzip();
-        Angles { past, sin, cos }
-    }
-
     /// The residual stream before the first block, `(tokens, hidden_size)`. Tokens have been checked.
-    pub(crate) fn embed(&self, tokens: &[u32]) -> Vec<f32> {
+    fn embed(&self, tokens: &[u32]) -> Vec<f32> {
         let embedding = self.trunk.embedding.as_ref();
         let row = |&token: &u32| embedding.row(token as usize).unwrap_or(&[]);
         tokens.iter().flat_map(row).copied().collect()
-    }
-
-    /// Runs one block over the residual stream `x` of the tokens that `angles` are of.
-    pub(crate) fn run_block(
-        &self,
-        block: &Block,
-        x: &mut [f32],
-        angles: &Angles,
-        kv: &mut KvBlock,
-        ctx: &mut Context,
-        observe: Observer<'_>,
-    ) -> Result<()> {
-        let c = &self.trunk.config;
-        let (hidden, half) = (c.hidden_size, c.head_dim / 2);
-        let m = x.len() / hidden;
-        let Angles { past, sin, cos } = angles;
-
-        let zeros = |cols| vec![0.0; m * cols];
-        let (mut h, mut y) = (zeros(hidden), zeros(hidden));
-        let (mut q, mut k, mut v) = (zeros(c.q_size()), zeros(c.kv_size()), zeros(c.kv_size()));
-
-        ops::rms_norm(ctx, x, &block.norms[0], c.rms_norm_eps, &mut h);
-        block.apply(0, (x, &h), [&mut q, &mut k, &mut v], m, ctx, observe)?;
-        ops::rope(ctx, &mut q, c.q_size(), half, (cos, sin));
-        ops::rope(ctx, &mut k, c.kv_size(), half, (cos, sin));
-        kv.k.extend_from_slice(&k);
-        kv.v.extend_from_slice(&v);
-        let mut a = zeros(c.q_size());
-        attention(c, ctx, &q, kv, *past, &mut a);
-        block.apply(1, (x, &a), [&mut y], m, ctx, observe)?;
-        ops::add(ctx, x, &y);
-
-        let (mut gate, mut up) = (zeros(c.intermediate_size), zeros(c.intermediate_size));
-        ops::rms_norm(ctx, x, &block.norms[1], c.rms_norm_eps, &mut h);
-        block.apply(2, (x, &h), [&mut gate, &mut up], m, ctx, observe)?;
-        ops::swiglu(ctx, &mut gate, &up);
-        block.apply(3, (x, &gate), [&mut y], m, ctx, observe)?;
-        ops::add(ctx, x, &y);
-        Ok(())
     }
 }
 
@@ -477,6 +441,44 @@ impl Block {
         }
     }
 
+    /// Runs the block, of a model with config.json `c`, over the residual stream `x` of the tokens that `angles` are of.
+    pub(crate) fn run(
+        &self,
+        c: &Config,
+        x: &mut [f32],
+        angles: &Angles,
+        kv: &mut KvBlock,
+        ctx: &mut Context,
+        observe: Observer<'_>,
+    ) -> Result<()> {
+        let (hidden, half) = (c.hidden_size, c.head_dim / 2);
+        let m = x.len() / hidden;
+        let Angles { past, sin, cos } = angles;
+
+        let zeros = |cols| vec![0.0; m * cols];
+        let (mut h, mut y) = (zeros(hidden), zeros(hidden));
+        let (mut q, mut k, mut v) = (zeros(c.q_size()), zeros(c.kv_size()), zeros(c.kv_size()));
+
+        ops::rms_norm(ctx, x, &self.norms[0], c.rms_norm_eps, &mut h);
+        self.apply(0, (x, &h), [&mut q, &mut k, &mut v], m, ctx, observe)?;
+        ops::rope(ctx, &mut q, c.q_size(), half, (cos, sin));
+        ops::rope(ctx, &mut k, c.kv_size(), half, (cos, sin));
+        kv.k.extend_from_slice(&k);
+        kv.v.extend_from_slice(&v);
+        let mut a = zeros(c.q_size());
+        attention(c, ctx, &q, kv, *past, &mut a);
+        self.apply(1, (x, &a), [&mut y], m, ctx, observe)?;
+        ops::add(ctx, x, &y);
+
+        let (mut gate, mut up) = (zeros(c.intermediate_size), zeros(c.intermediate_size));
+        ops::rms_norm(ctx, x, &self.norms[1], c.rms_norm_eps, &mut h);
+        self.apply(2, (x, &h), [&mut gate, &mut up], m, ctx, observe)?;
+        ops::swiglu(ctx, &mut gate, &up);
+        self.apply(3, (x, &gate), [&mut y], m, ctx, observe)?;
+        ops::add(ctx, x, &y);
+        Ok(())
+    }
+
     /// Applies the layers of a set to the input `x` of `m` rows.
     fn apply<const N: usize>(
         &self,
@@ -577,7 +579,7 @@ fn attention(c: &Config, ctx: &Context, q: &[f32], kv: &KvBlock, past: usize, a:
 }
 
 /// Radians per position of each pair `(i, i + head_dim/2)`: `theta^(−2i/head_dim)`, scaled.
-fn frequencies(c: &Config) -> Vec<f32> {
+pub(crate) fn frequencies(c: &Config) -> Vec<f32> {
     (0..c.head_dim / 2)
         .map(|i| {
             let frequency = 1.0 / c.rope_theta.powf((2 * i) as f32 / c.head_dim as f32);

@@ -19,11 +19,11 @@ use lowbit::{
 };
 
 use crate::{
-    Checkpoint, DenseLinear, Error, LinearWeights, Model, Result, Windows,
-    checkpoint::{LinearSpec, block_linears},
+    Checkpoint, Config, DenseLinear, Error, LinearWeights, Model, Result, Windows,
+    checkpoint::{LinearSpec, block_linears, block_norms},
     finished::{Finished, Kept, Key},
     kv::KvBlock,
-    model::{Block, Layer, SETS, norms},
+    model::{Angles, Block, Layer, SETS, frequencies, norms},
 };
 
 /// How a whole model is quantized, beside the [`Recipe`].
@@ -33,6 +33,9 @@ pub struct Options<'a> {
     /// runs of each block instead of one. Scales are then folded into norms only, since the layers before
     /// are quantized already.
     pub true_sequential: bool,
+    /// Scales channels only where a layer before can take the scale, as files without a place for
+    /// transforms of inputs need it. Otherwise the input is scaled at run time there.
+    pub folded_scales_only: bool,
     /// Where to keep finished blocks, and to look for those of an interrupted run.
     pub finished: Option<Finished<'a>>,
 }
@@ -49,6 +52,8 @@ pub struct LayerReport {
     /// `tr(ΔW·H·ΔWᵀ) / tr(W·H·Wᵀ)`, the relative squared error of its outputs on the calibration texts
     /// with exact activations; `None` if nothing needed the second moment H.
     pub error: Option<f64>,
+    /// [`relative_error`] of its weights, those that scales have been folded into.
+    pub weight_error: f64,
     /// Whether its input is scaled at run time, since no layer before it could take the scale.
     pub scaled_at_run_time: bool,
     /// What the method decided.
@@ -81,7 +86,7 @@ pub struct LayerReport {
 /// let quantized = quantize::quantize(
 ///     &model, &checkpoint, &Recipe::SMOOTHQUANT, Some(&windows), quantize::Options::default(),
 ///     &mut Context::new(),
-///     |layer| Ok(Arc::new(PackedLinear::new(&layer)?)),
+///     |layer| Ok(Arc::new(PackedLinear::new(layer)?)),
 ///     |report| println!("{}: alpha {:?}", report.name, report.report.alpha),
 /// )?;
 /// # let _ = quantized;
@@ -96,88 +101,336 @@ pub fn quantize(
     windows: Option<&Windows>,
     options: Options<'_>,
     ctx: &mut Context,
-    mut make: impl FnMut(QLinear) -> lowbit::Result<Arc<dyn Linear>>,
+    mut make: impl FnMut(&QLinear) -> lowbit::Result<Arc<dyn Linear>>,
     mut progress: impl FnMut(&LayerReport),
 ) -> Result<Model> {
     model.check_checkpoint(checkpoint)?;
-    let wanted = Wanted { needs: recipe.needs(), share: recipe.target_share() };
-    let mut texts: Vec<Text> = match wanted.needs {
-        Needs::Nothing => Vec::new(),
-        _ => (windows.iter().flat_map(|windows| windows.iter()))
-            .map(|tokens| Text::new(model, tokens, wanted.share > 0.0))
-            .collect(),
-    };
-    let mut run = Key::EMPTY;
-    if let Some(finished) = &options.finished {
-        run.add(finished.label.bytes().map(u32::from));
-        run.add([u32::from(options.true_sequential)]);
-        run.add(windows.iter().flat_map(|windows| windows.iter()).flatten().copied());
-    }
+    let mut run = Quantization::new(checkpoint, recipe, windows, options)?;
     let mut blocks = Vec::new();
-    for index in 0..checkpoint.config().num_hidden_layers {
-        let mut work = Work::load(checkpoint, index)?;
+    while let Some(block) = run.next_block(ctx, &mut make, &mut progress)? {
+        blocks.push(block.computed);
+    }
+    Ok(model.with_blocks(blocks))
+}
+
+/// `‖W − Ŵ‖ / ‖W‖`, for the [weights](QLinear::effective_weight) Ŵ that a layer computes with; 0 for
+/// weights that are all 0.
+///
+/// # Errors
+/// [`lowbit::Error::Shape`] if `layer` is of another shape.
+///
+/// # Example
+/// ```
+/// use lowbit::{Granularity, Mat, QLinear, QMatrix, QuantScheme};
+/// use lowbit_lm::quantize::relative_error;
+///
+/// let w = Mat::from_fn(4, 64, |r, c| ((r * 64 + c) as f32).sin());
+/// let int8 = QuantScheme::symmetric(8, Granularity::PerChannel);
+/// let layer = QLinear::new(QMatrix::quantize(w.as_ref(), int8)?);
+/// assert!(relative_error(w.as_ref(), &layer)? < 0.01);
+/// # Ok::<(), lowbit::Error>(())
+/// ```
+pub fn relative_error(w: MatRef<'_, f32>, layer: &QLinear) -> lowbit::Result<f64> {
+    /// Sums side by side, so that none waits for the one before.
+    const SUMS: usize = 8;
+    let computed = layer.effective_weight()?;
+    let (expected, got) = (w.shape(), (computed.rows(), computed.cols()));
+    if expected != got {
+        return Err(lowbit::Error::Shape { what: "quantized weight", expected, got });
+    }
+    let (mut error, mut norm) = ([0.0; SUMS], [0.0; SUMS]);
+    for (w, computed) in w.iter_rows().zip(computed.as_ref().iter_rows()) {
+        for (w, computed) in w.chunks(SUMS).zip(computed.chunks(SUMS)) {
+            for (i, (&w, &computed)) in w.iter().zip(computed).enumerate() {
+                let difference = f64::from(w - computed);
+                error[i] += difference * difference;
+                norm[i] += f64::from(w) * f64::from(w);
+            }
+        }
+    }
+    let (error, norm): (f64, f64) = (error.iter().sum(), norm.iter().sum());
+    Ok(if norm == 0.0 { 0.0 } else { (error / norm).sqrt() })
+}
+
+/// A checkpoint that is quantized block by block, without ever being in memory as a whole.
+///
+/// # Example
+/// ```no_run
+/// # fn main() -> Result<(), lowbit_lm::Error> {
+/// use std::sync::Arc;
+/// use lowbit::{Context, PackedLinear, Recipe};
+/// use lowbit_lm::{Checkpoint, Windows, quantize::{Options, Quantization}};
+///
+/// let checkpoint = Checkpoint::open("models/stories3m")?;
+/// let windows = Windows::from_tokens(checkpoint.config(), "a text", "1 403 407 261 378 432")?;
+/// let (recipe, options) = (Recipe::SMOOTHQUANT, Options::default());
+/// let mut run = Quantization::new(&checkpoint, &recipe, Some(&windows), options)?;
+/// println!("{} bytes of memory", run.memory()?);
+/// let make = |layer: &lowbit::QLinear| Ok(Arc::new(PackedLinear::new(layer)?) as _);
+/// while let Some(block) = run.next_block(&mut Context::new(), make, |_| ())? {
+///     for (layer, report) in &block.layers {
+///         println!("{}: {} bytes", report.name, layer.bytes());
+///     }
+/// }
+/// # Ok(())
+/// # }
+/// ```
+pub struct Quantization<'a> {
+    checkpoint: &'a Checkpoint,
+    recipe: &'a Recipe<'a>,
+    options: Options<'a>,
+    wanted: Wanted,
+    frequencies: Vec<f32>,
+    texts: Vec<Text>,
+    /// What all blocks depend on, for those that are kept.
+    key: Key,
+    next: usize,
+}
+
+/// What a block has become.
+pub struct QuantizedBlock {
+    /// The gains before attention and before the MLP under the names of their tensors; scales of channels
+    /// have been folded into them.
+    pub norms: [(String, Vec<f32>); 2],
+    /// q, k, v, o, gate, up and down.
+    pub layers: Vec<(QLinear, LayerReport)>,
+    computed: Block,
+}
+
+impl<'a> Quantization<'a> {
+    /// The arguments are those of [`quantize`].
+    ///
+    /// # Errors
+    /// [`Error::Token`] if `windows` are of another model.
+    pub fn new(
+        checkpoint: &'a Checkpoint,
+        recipe: &'a Recipe<'a>,
+        windows: Option<&Windows>,
+        options: Options<'a>,
+    ) -> Result<Self> {
+        let wanted = Wanted { needs: recipe.needs(), share: recipe.target_share() };
+        let mut texts = Vec::new();
+        if wanted.needs > Needs::Nothing {
+            for tokens in windows.iter().flat_map(|windows| windows.iter()) {
+                texts.push(Text::new(checkpoint, tokens, wanted.share > 0.0)?);
+            }
+        }
+        let mut key = Key::EMPTY;
+        if let Some(finished) = &options.finished {
+            key.add(finished.label.bytes().map(u32::from));
+            key.add([options.true_sequential, options.folded_scales_only].map(u32::from));
+            key.add(windows.iter().flat_map(|windows| windows.iter()).flatten().copied());
+        }
+        let frequencies = frequencies(checkpoint.config());
+        Ok(Self { checkpoint, recipe, options, wanted, frequencies, texts, key, next: 0 })
+    }
+
+    /// Bytes of memory that the largest block will take, with its statistics and the streams of all texts:
+    /// an estimate from above. The mapped files, and what is done with the results, are not counted.
+    ///
+    /// # Errors
+    /// [`Error::Layer`] for a scheme that is impossible.
+    pub fn memory(&self) -> Result<u64> {
+        let c = self.checkpoint.config();
+        let number = |x: usize| 4 * x as u64;
+        let texts = || self.texts.iter().map(|text| text.tokens);
+        let with_f32 = self.wanted.share > 0.0;
+        // While a block runs: norm, q, k, v, attention and output, or gate, up and output; and what it
+        // shows of the f32 model.
+        let wide = 3 * c.hidden_size + 2 * c.q_size() + 4 * c.kv_size() + 2 * c.intermediate_size;
+        let shown = 6 * c.hidden_size + c.q_size() + c.intermediate_size;
+        let longest = texts().max().unwrap_or(0);
+        let mut memory =
+            number(texts().sum::<usize>() * c.hidden_size * (1 + usize::from(with_f32)));
+        memory += number(longest * (c.hidden_size + wide + if with_f32 { shown } else { 0 }));
+
+        let specs = block_linears(c, 0);
+        let mut busiest = 0;
+        for LinearSpec { name, shape: (n, k), .. } in &specs {
+            let plan = self.recipe.plan(*n, *k);
+            let plan = plan.map_err(|cause| Error::Layer { layer: name.clone(), cause })?;
+            // Loaded, transposed for the f32 block, and perhaps shifted; stored and packed.
+            memory += number(n * k * (2 + usize::from(with_f32))) + 3 * plan.bytes as u64;
+            // Beside what the method takes: the error of its result.
+            busiest = busiest.max(plan.memory + number(2 * n * k));
+        }
+        let mut largest = 0;
+        let mut all = 0;
+        for set in SETS {
+            let (n, k) = specs[set.start].shape;
+            let second = self.wanted.needs == Needs::SecondMoment;
+            let mut bytes = lowbit::Calibration::bytes(k, second);
+            if with_f32 {
+                let residual = if set.len() == 1 { n } else { 0 };
+                bytes += 2 * number(k * (k + residual));
+            }
+            largest = largest.max(bytes);
+            all += bytes;
+        }
+        Ok(memory + busiest + if self.options.true_sequential { largest } else { all })
+    }
+
+    /// The next block; `None` after the last one. `make` and `progress` as in [`quantize`].
+    ///
+    /// # Errors
+    /// As [`quantize`].
+    pub fn next_block(
+        &mut self,
+        ctx: &mut Context,
+        mut make: impl FnMut(&QLinear) -> lowbit::Result<Arc<dyn Linear>>,
+        mut progress: impl FnMut(&LayerReport),
+    ) -> Result<Option<QuantizedBlock>> {
+        let (index, blocks) = (self.next, self.checkpoint.config().num_hidden_layers);
+        if index >= blocks {
+            return Ok(None);
+        }
+        let mut work = Work::load(self.checkpoint, index)?;
         let dense = work.dense()?;
-        let mut block = work.dense()?;
-        let mut key = run;
-        if options.finished.is_some() {
+        let mut block = dense.clone();
+        let mut key = self.key;
+        if self.options.finished.is_some() {
             key.add(work.weights.iter().flat_map(|w| w.weight.data()).map(|w| w.to_bits()));
         }
         let names: Vec<_> = work.specs.iter().map(|spec| spec.name.as_str()).collect();
-        let kept = match &options.finished {
+        let kept = match &self.options.finished {
             Some(finished) => finished.read(index, &names, key.0)?,
             None => None,
         };
-        if let Some(kept) = kept {
-            for (i, (layer, report)) in kept.layers.into_iter().enumerate() {
-                block.layers[i] = work.layer(i, make(layer))?;
-                progress(&report);
+        let kept = match kept {
+            Some(kept) => {
+                for (i, (layer, report)) in kept.layers.iter().enumerate() {
+                    block.layers[i] = work.layer(i, make(layer))?;
+                    progress(report);
+                }
+                block.norms = Arc::new(kept.norms.clone());
+                kept
             }
-            block.norms = Arc::new(kept.norms);
-            for text in &mut texts {
-                text.advance(model, &dense, &block, ctx)?;
+            None => {
+                let layers = self.layers(&mut work, &dense, &mut block, ctx, make, progress)?;
+                let kept = Kept { norms: work.norms, layers };
+                if let Some(finished) = &self.options.finished {
+                    finished.write(index, &kept, key.0)?;
+                }
+                kept
             }
-            blocks.push(block);
-            continue;
+        };
+        // Nobody looks at what the last block gives.
+        if index + 1 < blocks {
+            for text in &mut self.texts {
+                text.advance(self.checkpoint.config(), &self.frequencies, &dense, &block, ctx)?;
+            }
         }
-        let mut keep = Vec::new();
-        let together = if options.true_sequential { 1 } else { SETS.len() };
+        self.next += 1;
+        self.checkpoint.tensors().release();
+        let [attention, mlp] = block_norms(index);
+        let [norm, other] = kept.norms;
+        let norms = [(attention, norm), (mlp, other)];
+        Ok(Some(QuantizedBlock { norms, layers: kept.layers, computed: block }))
+    }
+
+    /// Quantizes the layers of a block, each into its place in `block`.
+    fn layers(
+        &self,
+        work: &mut Work,
+        dense: &Block,
+        block: &mut Block,
+        ctx: &mut Context,
+        mut make: impl FnMut(&QLinear) -> lowbit::Result<Arc<dyn Linear>>,
+        mut progress: impl FnMut(&LayerReport),
+    ) -> Result<Vec<(QLinear, LayerReport)>> {
+        let mut layers = Vec::new();
+        let together = if self.options.true_sequential { 1 } else { SETS.len() };
         for group in (0..SETS.len()).step_by(together).map(|first| first..first + together) {
-            let runs = (model, &dense, &block);
-            let mut statistics = work.observe(runs, group.clone(), wanted, &texts, ctx)?;
+            let mut statistics = self.observe(work, dense, block, group.clone(), ctx)?;
             for (seen, set) in statistics.iter().zip(group.clone()) {
-                work.shift(set, seen, wanted.share, ctx)?;
+                work.shift(set, seen, self.wanted.share, ctx)?;
             }
             let mut leftover = [const { None }; 4];
             for (seen, set) in statistics.iter_mut().zip(group.clone()) {
-                let before = SETS_BEFORE[set].is_none_or(|before| group.contains(&before));
-                leftover[set] = work.scale(recipe, set, &mut seen.calibration, before, ctx)?;
+                // Layers that are quantized already take no scale; queries that share a key, and so a
+                // row of v, would need several.
+                let folded = match SETS_BEFORE[set] {
+                    Some(before) => group.contains(&before) && !(set == 1 && work.shared_keys),
+                    None => true,
+                };
+                if folded || !self.options.folded_scales_only {
+                    leftover[set] =
+                        work.scale(self.recipe, set, &mut seen.calibration, folded, ctx)?;
+                }
             }
             // What no layer before can take is scaled at run time; the rest has vanished.
-            let recipe = Recipe { scale: None, ..*recipe };
+            let recipe = Recipe { scale: None, ..*self.recipe };
             for (seen, set) in statistics.iter().zip(group.clone()) {
                 for i in SETS[set].clone() {
                     let before = leftover[set].clone();
                     let (layer, report) =
                         work.quantize(&recipe, i, &seen.calibration, before, ctx)?;
-                    if options.finished.is_some() {
-                        keep.push((layer.clone(), report.clone()));
-                    }
-                    block.layers[i] = work.layer(i, make(layer))?;
+                    block.layers[i] = work.layer(i, make(&layer))?;
                     progress(&report);
+                    layers.push((layer, report));
                 }
             }
             // Scales have been folded into them.
             block.norms = Arc::new(work.norms.clone());
         }
-        if let Some(finished) = &options.finished {
-            finished.write(index, &Kept { norms: work.norms, layers: keep }, key.0)?;
-        }
-        for text in &mut texts {
-            text.advance(model, &dense, &block, ctx)?;
-        }
-        blocks.push(block);
+        Ok(layers)
     }
-    Ok(model.with_blocks(blocks))
+
+    /// Statistics of the inputs of some sets, in the block as it is now and in the f32 one.
+    fn observe(
+        &self,
+        work: &Work,
+        dense: &Block,
+        block: &Block,
+        sets: std::ops::Range<usize>,
+        ctx: &mut Context,
+    ) -> Result<Vec<Statistics>> {
+        let mut statistics = Vec::new();
+        for set in sets.clone() {
+            let first = SETS[set].start;
+            let (n, k) = work.specs[first].shape;
+            let new = || {
+                let calibration = match self.wanted.needs {
+                    Needs::SecondMoment => Calibration::with_second_moment(k)?,
+                    _ => Calibration::new(k),
+                };
+                // o and down are added to the residual stream.
+                let residual = SETS_BEFORE[set].map(|_| n);
+                let drift = match self.wanted.share > 0.0 {
+                    true => Some(Drift::new(k, residual)?),
+                    false => None,
+                };
+                Ok(Statistics { calibration, drift })
+            };
+            statistics.push(new().map_err(work.error(first))?);
+        }
+        // The block has the other one while it shows its inputs.
+        let mut own = ctx.pool().map_or_else(Context::new, |pool| Context::with_pool(pool.clone()));
+        let c = self.checkpoint.config();
+        for text in &self.texts {
+            let mut x = text.x.clone();
+            let angles = Angles::new(&self.frequencies, 0, text.tokens);
+            let inputs = text.f32_inputs(c, &angles, dense, ctx)?;
+            let kv = &mut KvBlock::default();
+            block.run(c, &mut x, &angles, kv, ctx, &mut |seen| {
+                let Some(statistics) = statistics.get_mut(seen.set.wrapping_sub(sets.start)) else {
+                    return Ok(());
+                };
+                let mut add = || {
+                    statistics.calibration.observe(seen.x, &mut own)?;
+                    let Some(drift) = &mut statistics.drift else { return Ok(()) };
+                    let Some((x_f32, residual_f32)) = inputs.get(seen.set) else { return Ok(()) };
+                    let (m, k) = seen.x.shape();
+                    let lost = residual_f32.iter().zip(seen.residual).map(|(f32, x)| f32 - x);
+                    let lost = SETS_BEFORE[seen.set].map(|_| lost.collect::<Vec<f32>>());
+                    let lost = lost.as_ref().map(|lost| MatRef::new(lost, m, lost.len() / m));
+                    drift.observe(seen.x, MatRef::new(x_f32, m, k)?, lost.transpose()?, &mut own)
+                };
+                add().map_err(work.error(SETS[seen.set].start))
+            })?;
+        }
+        Ok(statistics)
+    }
 }
 
 /// The set whose layers can take a scale of another set's input; `None` for a norm.
@@ -206,22 +459,23 @@ struct Text {
 }
 
 impl Text {
-    fn new(model: &Model, tokens: &[u32], with_f32: bool) -> Self {
-        let x = model.embed(tokens);
-        Self { x_f32: with_f32.then(|| x.clone()), x, tokens: tokens.len() }
+    fn new(checkpoint: &Checkpoint, tokens: &[u32], with_f32: bool) -> Result<Self> {
+        let x = checkpoint.embed(tokens)?;
+        Ok(Self { x_f32: with_f32.then(|| x.clone()), x, tokens: tokens.len() })
     }
 
     fn advance(
         &mut self,
-        model: &Model,
+        c: &Config,
+        frequencies: &[f32],
         dense: &Block,
         block: &Block,
         ctx: &mut Context,
     ) -> Result<()> {
-        let angles = model.angles(0, self.tokens);
+        let angles = Angles::new(frequencies, 0, self.tokens);
         for (block, x) in [(block, Some(&mut self.x)), (dense, self.x_f32.as_mut())] {
             let Some(x) = x else { continue };
-            model.run_block(block, x, &angles, &mut KvBlock::default(), ctx, &mut |_| Ok(()))?;
+            block.run(c, x, &angles, &mut KvBlock::default(), ctx, &mut |_| Ok(()))?;
         }
         Ok(())
     }
@@ -229,14 +483,15 @@ impl Text {
     /// The inputs of the four sets in the f32 model, and the residual stream at each.
     fn f32_inputs(
         &self,
-        model: &Model,
+        c: &Config,
+        angles: &Angles,
         dense: &Block,
         ctx: &mut Context,
     ) -> Result<Vec<(Vec<f32>, Vec<f32>)>> {
         let Some(x) = &self.x_f32 else { return Ok(Vec::new()) };
-        let (mut x, angles) = (x.clone(), model.angles(0, self.tokens));
+        let mut x = x.clone();
         let mut inputs = Vec::new();
-        model.run_block(dense, &mut x, &angles, &mut KvBlock::default(), ctx, &mut |seen| {
+        dense.run(c, &mut x, angles, &mut KvBlock::default(), ctx, &mut |seen| {
             inputs.push((seen.x.data().to_vec(), seen.residual.to_vec()));
             Ok(())
         })?;
@@ -295,60 +550,6 @@ impl Work {
         Block::new(Arc::new(self.norms.clone()), layers)
     }
 
-    /// Statistics of the inputs of some sets, in the block as it is now and in the f32 one.
-    fn observe(
-        &self,
-        (model, dense, block): (&Model, &Block, &Block),
-        sets: std::ops::Range<usize>,
-        wanted: Wanted,
-        texts: &[Text],
-        ctx: &mut Context,
-    ) -> Result<Vec<Statistics>> {
-        let mut statistics = Vec::new();
-        for set in sets.clone() {
-            let first = SETS[set].start;
-            let (n, k) = self.specs[first].shape;
-            let new = || {
-                let calibration = match wanted.needs {
-                    Needs::SecondMoment => Calibration::with_second_moment(k)?,
-                    _ => Calibration::new(k),
-                };
-                // o and down are added to the residual stream.
-                let residual = SETS_BEFORE[set].map(|_| n);
-                let drift = match wanted.share > 0.0 {
-                    true => Some(Drift::new(k, residual)?),
-                    false => None,
-                };
-                Ok(Statistics { calibration, drift })
-            };
-            statistics.push(new().map_err(self.error(first))?);
-        }
-        // The block has the other one while it shows its inputs.
-        let mut own = ctx.pool().map_or_else(Context::new, |pool| Context::with_pool(pool.clone()));
-        for text in texts {
-            let (mut x, angles) = (text.x.clone(), model.angles(0, text.tokens));
-            let inputs = text.f32_inputs(model, dense, ctx)?;
-            let kv = &mut KvBlock::default();
-            model.run_block(block, &mut x, &angles, kv, ctx, &mut |seen| {
-                let Some(statistics) = statistics.get_mut(seen.set.wrapping_sub(sets.start)) else {
-                    return Ok(());
-                };
-                let mut add = || {
-                    statistics.calibration.observe(seen.x, &mut own)?;
-                    let Some(drift) = &mut statistics.drift else { return Ok(()) };
-                    let Some((x_f32, residual_f32)) = inputs.get(seen.set) else { return Ok(()) };
-                    let (m, k) = seen.x.shape();
-                    let lost = residual_f32.iter().zip(seen.residual).map(|(f32, x)| f32 - x);
-                    let lost = SETS_BEFORE[seen.set].map(|_| lost.collect::<Vec<f32>>());
-                    let lost = lost.as_ref().map(|lost| MatRef::new(lost, m, lost.len() / m));
-                    drift.observe(seen.x, MatRef::new(x_f32, m, k)?, lost.transpose()?, &mut own)
-                };
-                add().map_err(self.error(SETS[seen.set].start))
-            })?;
-        }
-        Ok(statistics)
-    }
-
     /// Moves the targets of a set towards the output of the f32 model.
     fn shift(
         &mut self,
@@ -371,7 +572,7 @@ impl Work {
         recipe: &Recipe<'_>,
         set: usize,
         calibration: &mut Calibration,
-        can_fold: bool,
+        folded: bool,
         ctx: &mut Context,
     ) -> Result<Option<Transform>> {
         if recipe.scale.is_none() {
@@ -399,8 +600,8 @@ impl Work {
                 let gains = &mut self.norms[set / 2];
                 gains.iter_mut().zip(inverse).for_each(|(gain, inverse)| *gain *= inverse);
             }
-            1 if can_fold && !self.shared_keys => self.scale_rows(2, inverse),
-            3 if can_fold => self.scale_rows(5, inverse),
+            1 if folded => self.scale_rows(2, inverse),
+            3 if folded => self.scale_rows(5, inverse),
             _ => return Ok(Some(scale)),
         }
         Ok(None)
@@ -439,11 +640,21 @@ impl Work {
                 true => Some(relative_loss(weight.as_ref(), &layer, calibration, ctx)?),
                 false => None,
             };
+            let weight_error = relative_error(weight.as_ref(), &layer)?;
             let scaled_at_run_time = before.is_some();
             let transforms = before.into_iter().chain(layer.transforms().iter().cloned()).collect();
             let layer = layer.with_transforms(transforms)?.with_bias(bias.clone())?;
             let (weights, bytes, name) = (weight.data().len(), layer.bytes(), name.clone());
-            Ok((layer, LayerReport { name, weights, bytes, error, scaled_at_run_time, report }))
+            let report = LayerReport {
+                name,
+                weights,
+                bytes,
+                error,
+                weight_error,
+                scaled_at_run_time,
+                report,
+            };
+            Ok((layer, report))
         };
         quantize(ctx).map_err(self.error(i))
     }

@@ -27,10 +27,10 @@ fn context() -> Context {
 }
 
 /// As the command does: what no kernel computes yet is computed by the reference.
-fn pack(layer: QLinear) -> lowbit::Result<Arc<dyn Linear>> {
-    match PackedLinear::new(&layer) {
+fn pack(layer: &QLinear) -> lowbit::Result<Arc<dyn Linear>> {
+    match PackedLinear::new(layer) {
         Ok(packed) => Ok(Arc::new(packed)),
-        Err(lowbit::Error::Unsupported { .. }) => Ok(Arc::new(layer)),
+        Err(lowbit::Error::Unsupported { .. }) => Ok(Arc::new(layer.clone())),
         Err(e) => Err(e),
     }
 }
@@ -119,7 +119,7 @@ fn without_statistics_it_is_each_layer_by_itself() {
     let ctx = &mut Context::new();
     let by_layer = bench.model.with_linears(&bench.checkpoint, |layer| {
         let calibration = lowbit::Calibration::new(layer.weight.cols());
-        pack(recipe.quantize(layer.weight.as_ref(), &calibration, ctx)?.layer)
+        pack(&recipe.quantize(layer.weight.as_ref(), &calibration, ctx)?.layer)
     });
     let logits = |model: &Model| {
         let mut cache = lowbit_lm::KvCache::new(model.config());

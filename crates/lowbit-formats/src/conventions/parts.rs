@@ -138,6 +138,9 @@ impl<'a> Writer<'a> {
             ScaleFormat::F32 => Ok(Dtype::F32),
             ScaleFormat::F16 => Ok(Dtype::F16),
             ScaleFormat::Bf16 => Ok(Dtype::Bf16),
+            ScaleFormat::TwoLevel(_) => {
+                Err(self.unsupported("scales that are quantized themselves (two-level)"))
+            }
             other => Err(self.unsupported(format!("scales in {}", other.name()))),
         }
     }
