@@ -19,11 +19,13 @@
 //! * Clipping looks at every layer; the authors leave out q and k.
 
 use lowbit_core::{Context, Fit, Mat, MatRef, QMatrix, QuantScheme, Result};
-use rayon::prelude::*;
+use pulp::{Arch, Simd, WithSimd};
 
 use crate::{
     Calibration,
-    quadratic::{block, quadratic, quadratic_row},
+    feedback::{Grids, LANES, Lanes, Levels, map},
+    gptq::{at_block, check_weight},
+    quadratic::{block, quadratic},
     recipe::check_widths,
 };
 
@@ -98,12 +100,9 @@ impl Awq {
             }
             Ok(loss)
         };
-        let losses: Result<Vec<f64>> = match ctx.pool() {
-            Some(pool) => pool.install(|| (0..ALPHAS).into_par_iter().map(loss).collect()),
-            None => (0..ALPHAS).map(loss).collect(),
-        };
         let mut best = (f64::INFINITY, 0);
-        for (i, loss) in losses?.into_iter().enumerate() {
+        for (i, loss) in map((0..ALPHAS).collect(), ctx, loss).into_iter().enumerate() {
+            let loss = loss?;
             if loss < best.0 {
                 best = (loss, i);
             }
@@ -113,7 +112,8 @@ impl Awq {
     }
 
     /// Cuts `w` to bounds that are searched for each row and group: those whose part of the product
-    /// has the least error, `d·H_gg·dᵀ`. The bound 1 is among the candidates.
+    /// has the least error, `d·H_gg·dᵀ`. The largest magnitude is among the candidates. Two-level scales
+    /// count as exact.
     ///
     /// # Errors
     /// As [`scales`](Self::scales).
@@ -140,44 +140,63 @@ impl Awq {
         ctx: &mut Context,
     ) -> Result<()> {
         let (n, k) = (w.rows(), w.cols());
-        check_widths(&[w.as_ref()], k)?;
+        check_weight(w.as_ref())?;
+        calibration.check(k)?;
         calibration.check_seen(k)?;
         let triangle = calibration.triangle()?;
-        let group = self.scheme.granularity.block(n, k).1.max(1);
+        let levels = Levels::new(self.scheme, &self.fit)?;
+        let (rows, group) = self.scheme.granularity.block(n, k);
+        let (rows, group) = (rows.max(1), group.max(1));
         let bounds = |g: usize| -> Result<Vec<f32>> {
             let (start, end) = (g * group, k.min((g + 1) * group));
+            let width = end - start;
             let h = block(triangle, start, end);
-            let part = Mat::from_fn(n, end - start, |r, c| w.data()[r * k + start + c]);
+            let part = Mat::from_fn(n, width, |r, c| w.data()[r * k + start + c]);
             let largest: Vec<f32> = (part.as_ref().iter_rows())
                 .map(|row| row.iter().fold(0.0, |max: f32, w| max.max(w.abs())))
                 .collect();
-            let (mut best, mut least) = (largest.clone(), vec![f64::INFINITY; n]);
+            let bands: Vec<Vec<Lanes>> = (part.data().chunks(LANES * width))
+                .map(|rows| {
+                    let at = |l: usize, c: usize| rows.get(l * width + c).copied().unwrap_or(0.0);
+                    (0..width).map(|c| std::array::from_fn(|l| at(l, c))).collect()
+                })
+                .collect();
+            let (mut best, mut least) = (largest.clone(), vec![f32::INFINITY; n]);
+            let (mut cut, mut d) = (Vec::new(), vec![[0.0; LANES]; width]);
+            let mut grids = vec![Grids::UNIT; bands.len()];
             for i in 0..BOUNDS {
                 let share = 1.0 - i as f32 / 20.0;
-                let mut delta = part.clone();
-                for (row, max) in delta.as_mut().iter_rows_mut().zip(&largest) {
-                    let bound = max * share;
-                    row.iter_mut().for_each(|w| *w = w.clamp(-bound, bound));
+                let bounds: Vec<f32> = largest.iter().map(|max| max * share).collect();
+                // The grid of each block of the weights that are cut.
+                let blocks = part.data().chunks(rows * width).zip(bounds.chunks(rows));
+                for (b, (block, bounds)) in blocks.enumerate() {
+                    cut.clear();
+                    for (row, &bound) in block.chunks(width).zip(bounds) {
+                        cut.extend(row.iter().map(|w| w.clamp(-bound, bound)));
+                    }
+                    let params = levels.encoder.fit(&cut, None);
+                    let params = params.map_err(|e| at_block(e, b * rows, start))?;
+                    for row in b * rows..n.min((b + 1) * rows) {
+                        grids[row / LANES].set(row % LANES, params);
+                    }
                 }
-                let scheme = QuantScheme { granularity: self.group_alone(), ..self.scheme };
-                let q = QMatrix::quantize_with(delta.as_ref(), scheme, &self.fit, None)?;
-                delta = q.dequantize();
-                delta.data_mut().iter_mut().zip(part.data()).for_each(|(d, w)| *d -= w);
-                for (r, row) in delta.as_ref().iter_rows().enumerate() {
-                    let error = quadratic_row(row, &h);
-                    if error < least[r] {
-                        (least[r], best[r]) = (error, largest[r] * share);
+                for (b, (w, grids)) in bands.iter().zip(&grids).enumerate() {
+                    let rows = b * LANES..n.min((b + 1) * LANES);
+                    let mut bound = [0.0; LANES];
+                    bound[..rows.len()].copy_from_slice(&bounds[rows.clone()]);
+                    let (levels, h, d, bound) = (&levels, &h, &mut d, &bound);
+                    let errors = Arch::new().dispatch(Cut { levels, grids, w, bound, h, d });
+                    for (row, error) in rows.zip(errors) {
+                        if error < least[row] {
+                            (least[row], best[row]) = (error, bounds[row]);
+                        }
                     }
                 }
             }
             Ok(best)
         };
-        let groups = 0..k.div_ceil(group);
-        let bounds: Result<Vec<Vec<f32>>> = match ctx.pool() {
-            Some(pool) => pool.install(|| groups.into_par_iter().map(bounds).collect()),
-            None => groups.map(bounds).collect(),
-        };
-        let bounds = bounds?;
+        let bounds = map((0..k.div_ceil(group)).collect(), ctx, bounds);
+        let bounds = bounds.into_iter().collect::<Result<Vec<_>>>()?;
         for (r, row) in w.as_mut().iter_rows_mut().enumerate() {
             for (part, bounds) in row.chunks_mut(group).zip(&bounds) {
                 part.iter_mut().for_each(|w| *w = w.clamp(-bounds[r], bounds[r]));
@@ -185,15 +204,47 @@ impl Awq {
         }
         Ok(())
     }
+}
 
-    /// The granularity of a matrix that is one group wide.
-    fn group_alone(&self) -> lowbit_core::Granularity {
-        use lowbit_core::Granularity::{PerBlock, PerChannel, PerGroup};
-        match self.scheme.granularity {
-            PerGroup(_) => PerChannel,
-            PerBlock(rows, _) => PerBlock(rows, usize::MAX),
-            other => other,
+/// `d·H_gg·dᵀ` of 32 rows of a group with `d = ŵ − w`, where weights are cut before they are rounded.
+struct Cut<'a> {
+    levels: &'a Levels,
+    grids: &'a Grids,
+    /// Of each column.
+    w: &'a [Lanes],
+    bound: &'a Lanes,
+    /// The lower triangle of `H_gg`, with half the diagonal.
+    h: &'a [Vec<f32>],
+    d: &'a mut [Lanes],
+}
+
+impl WithSimd for Cut<'_> {
+    type Output = Lanes;
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, _: S) -> Lanes {
+        let Self { levels, grids, w, bound, h, d } = self;
+        let mut sum = [0.0; LANES];
+        for (c, h) in h.iter().enumerate() {
+            let mut cut = [0.0; LANES];
+            for l in 0..LANES {
+                cut[l] = w[c][l].max(-bound[l]).min(bound[l]);
+            }
+            let q = levels.nearest(grids, &cut, &mut [0; LANES]);
+            for l in 0..LANES {
+                d[c][l] = q[l] - w[c][l];
+            }
+            let mut y = [0.0; LANES];
+            for (d, &h) in d.iter().zip(h) {
+                for l in 0..LANES {
+                    y[l] = h.mul_add(d[l], y[l]);
+                }
+            }
+            for l in 0..LANES {
+                sum[l] = d[c][l].mul_add(y[l], sum[l]);
+            }
         }
+        sum
     }
 }
 

@@ -215,7 +215,7 @@ impl Levels {
 
     /// The nearest code of each lane, and what it stands for.
     #[inline(always)]
-    fn nearest(&self, grids: &Grids, w: &Lanes, codes: &mut [u8; LANES]) -> Lanes {
+    pub(crate) fn nearest(&self, grids: &Grids, w: &Lanes, codes: &mut [u8; LANES]) -> Lanes {
         let mut q = [0.0; LANES];
         if let Some((lowest, highest)) = self.integer {
             for l in 0..LANES {

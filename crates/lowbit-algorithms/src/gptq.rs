@@ -121,15 +121,9 @@ impl Quantizer for Gptq {
         calibration: &Calibration,
         ctx: &mut Context,
     ) -> Result<Quantized> {
-        check_parameter("damping", self.damping)?;
-        check_weight(w)?;
-        if self.uncalibrated.is_nearest(w, calibration)? {
-            return nearest(w, self.scheme, &self.fit);
-        }
-        let hessian = Hessian::new(calibration, self.order != Order::Given)?;
-        if hessian.is_zero() {
-            return nearest(w, self.scheme, &self.fit);
-        }
+        let act_order = self.order != Order::Given;
+        let hessian = hessian(w, calibration, self.damping, self.uncalibrated, act_order)?;
+        let Some(hessian) = hessian else { return nearest(w, self.scheme, &self.fit) };
         Solver { gptq: self, hessian: &hessian, outliers: None }.solve(w, ctx)
     }
 
@@ -173,6 +167,23 @@ pub(crate) fn check_weight(w: MatRef<'_, f32>) -> Result<()> {
         }
     }
     Ok(())
+}
+
+/// What the inputs of a layer say, if weights and options are possible; `None` where nothing is known of
+/// them, and a method rounds to nearest.
+pub(crate) fn hessian<'a>(
+    w: MatRef<'_, f32>,
+    calibration: &'a Calibration,
+    damping: f64,
+    uncalibrated: Uncalibrated,
+    act_order: bool,
+) -> Result<Option<Hessian<'a>>> {
+    check_parameter("damping", damping)?;
+    check_weight(w)?;
+    if uncalibrated.is_nearest(w, calibration)? {
+        return Ok(None);
+    }
+    Ok(Some(Hessian::new(calibration, act_order)?).filter(|hessian| !hessian.is_zero()))
 }
 
 /// Rounded to nearest, because nothing is known of the inputs.
@@ -635,7 +646,7 @@ impl Pass<'_> {
 }
 
 /// The same error at the block that begins there.
-fn at_block(error: Error, row: usize, col: usize) -> Error {
+pub(crate) fn at_block(error: Error, row: usize, col: usize) -> Error {
     match error {
         Error::ScaleOverflow { scale, format, .. } => {
             Error::ScaleOverflow { scale, format, row, col }

@@ -13,10 +13,10 @@
 //! and `1 / U_jj = R_jj`. R is the Cholesky factor of H with rows and columns reversed.
 
 use faer::{
-    MatMut, Par,
+    Auto, MatMut, Par, Spec,
     dyn_stack::{MemBuffer, MemStack},
     linalg::cholesky::llt::factor::{
-        LltRegularization, cholesky_in_place, cholesky_in_place_scratch,
+        LltParams, LltRegularization, cholesky_in_place, cholesky_in_place_scratch,
     },
 };
 use lowbit_core::{Context, Error, Result};
@@ -36,7 +36,7 @@ pub(crate) struct Hessian<'a> {
 
 /// R of `H + damping·mean(diag H)·I = R·Rᵀ`.
 pub(crate) struct Factor {
-    /// Column-major, upper triangle.
+    /// Column-major, lower triangle, with rows and columns reversed.
     r: Vec<f64>,
     k: usize,
     /// What was needed for a factor to exist.
@@ -98,9 +98,10 @@ impl<'a> Hessian<'a> {
     pub(crate) fn factor(&self, damping: f64, ctx: &mut Context) -> Result<Factor> {
         let k = self.len();
         let too_large = || Error::TooLarge { rows: k, cols: k };
-        let mut r = Vec::new();
-        let len = k.checked_mul(k).filter(|&len| r.try_reserve_exact(len).is_ok());
-        r.resize(len.ok_or_else(too_large)?, 0.0);
+        let len = k.checked_mul(k).ok_or_else(too_large)?;
+        // Is there so much memory? Its upper half is never written, and pages of zeros need none.
+        Vec::<f64>::new().try_reserve_exact(len).map_err(|_| too_large())?;
+        let mut r = vec![0.0; len];
         let mut damping = damping;
         // With many times the mean on its diagonal any H has a factor.
         while damping < 1e9 {
@@ -116,7 +117,6 @@ impl<'a> Hessian<'a> {
                 column[q] += if self.dead[channel] { 0.0 } else { added };
             });
             if cholesky(&mut r, k, ctx)? {
-                r.reverse();
                 return Ok(Factor { r, k, damping });
             }
             damping = if damping > 0.0 { damping * 10.0 } else { 1e-10 };
@@ -133,7 +133,7 @@ impl Factor {
 
     /// `R_ic`, i at most c: positions.
     pub(crate) fn at(&self, i: usize, c: usize) -> f64 {
-        self.r[c * self.k + i]
+        self.r[self.r.len() - 1 - (c * self.k + i)]
     }
 
     /// `R_cc = 1 / U_cc` at each position.
@@ -146,12 +146,14 @@ impl Factor {
 fn cholesky(a: &mut [f64], k: usize, ctx: &mut Context) -> Result<bool> {
     let mut factor = |par: Par| -> Result<bool> {
         let a = MatMut::from_row_major_slice_mut(&mut *a, k, k).transpose_mut();
-        let scratch = cholesky_in_place_scratch::<f64>(k, par, Default::default());
+        // Twice as wide as faer's own: 5 % less time at k = 11008.
+        let params = Spec::new(LltParams { block_size: 256, ..Auto::<f64>::auto() });
+        let scratch = cholesky_in_place_scratch::<f64>(k, par, params);
         let memory = MemBuffer::try_new(scratch);
         let mut memory = memory.map_err(|_| Error::TooLarge { rows: k, cols: k })?;
         let stack = MemStack::new(&mut memory);
         let no_floor = LltRegularization::default();
-        Ok(cholesky_in_place(a, no_floor, par, stack, Default::default()).is_ok())
+        Ok(cholesky_in_place(a, no_floor, par, stack, params).is_ok())
     };
     // The bits do not depend on the number of threads: there is a test.
     let ok = match ctx.pool().filter(|pool| pool.current_num_threads() > 1) {

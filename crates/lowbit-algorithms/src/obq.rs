@@ -18,7 +18,7 @@ use lowbit_core::{
 use crate::{
     Calibration, Needs, Plan, Quantized, Quantizer, Report, Uncalibrated,
     feedback::map,
-    gptq::{check_parameter, check_weight, nearest},
+    gptq::{check_parameter, check_weight, hessian, nearest},
     hessian::Hessian,
 };
 
@@ -70,15 +70,8 @@ impl Quantizer for Obq {
         calibration: &Calibration,
         ctx: &mut Context,
     ) -> Result<Quantized> {
-        check_parameter("damping", self.damping)?;
-        check_weight(w)?;
-        if self.uncalibrated.is_nearest(w, calibration)? {
-            return nearest(w, self.scheme, &self.fit);
-        }
-        let hessian = Hessian::new(calibration, false)?;
-        if hessian.is_zero() {
-            return nearest(w, self.scheme, &self.fit);
-        }
+        let hessian = hessian(w, calibration, self.damping, self.uncalibrated, false)?;
+        let Some(hessian) = hessian else { return nearest(w, self.scheme, &self.fit) };
         let (n, k) = w.shape();
         let dead = &hessian.dead;
         let target =

@@ -78,13 +78,7 @@ pub(crate) fn quadratic(d: MatRef<'_, f32>, triangle: &[f64]) -> f64 {
     sum
 }
 
-/// `d·H·dᵀ` for one row and the rows of a lower triangle with half the diagonal.
-pub(crate) fn quadratic_row(d: &[f32], h: &[Vec<f32>]) -> f64 {
-    let rows = h.iter().zip(d).enumerate();
-    rows.map(|(r, (h, &w))| 2.0 * f64::from(w) * f64::from(dot(h, &d[..=r]))).sum()
-}
-
-/// The block `start..end` of H as [`quadratic_row`] wants it.
+/// The lower triangle of the block `start..end` of H, with half the diagonal.
 pub(crate) fn block(triangle: &[f64], start: usize, end: usize) -> Vec<Vec<f32>> {
     let mut rows: Vec<Vec<f32>> = (start..end)
         .map(|r| triangle_row(triangle, r)[start..=r].iter().map(|&h| h as f32).collect())

@@ -24,8 +24,7 @@ use lowbit_core::{
 use crate::{
     Calibration, Gptq, Needs, Order, Plan, Quantized, Quantizer,
     feedback::{Band, LANES},
-    gptq::{Solver, check_parameter, check_weight, nearest},
-    hessian::Hessian,
+    gptq::{Solver, check_parameter, hessian, nearest},
 };
 
 /// SpQR: GPTQ with weights kept beside the codes.
@@ -146,16 +145,10 @@ impl Quantizer for Spqr {
         ctx: &mut Context,
     ) -> Result<Quantized> {
         let gptq = &self.rounding;
-        check_parameter("damping", gptq.damping)?;
         self.outliers.check()?;
-        check_weight(w)?;
-        if gptq.uncalibrated.is_nearest(w, calibration)? {
-            return nearest(w, gptq.scheme, &gptq.fit);
-        }
-        let hessian = Hessian::new(calibration, gptq.order != Order::Given)?;
-        if hessian.is_zero() {
-            return nearest(w, gptq.scheme, &gptq.fit);
-        }
+        let act_order = gptq.order != Order::Given;
+        let hessian = hessian(w, calibration, gptq.damping, gptq.uncalibrated, act_order)?;
+        let Some(hessian) = hessian else { return nearest(w, gptq.scheme, &gptq.fit) };
         Solver { gptq, hessian: &hessian, outliers: Some(self.outliers) }.solve(w, ctx)
     }
 
