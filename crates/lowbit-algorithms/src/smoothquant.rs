@@ -46,11 +46,12 @@ pub enum Alpha {
     /// a scale for each output. Rounding errors count as uniform within a step:
     ///
     /// ```text
-    /// Σ_i (max_j|w_ij·s_j| / 127)² / 12 · Σ_j E[x_j²] / s_j²  +  (max_j max|x_j| / s_j / 127)² / 12 · Σ_ij (w_ij·s_j)²
+    /// Σ_i (max_j|w_ij·s_j| / 127)² / 12 · Σ_j E[x_j²] / s_j²  +  (x_max / 127)² / 12 · Σ_ij (w_ij·s_j)²
     /// ```
     ///
-    /// so it takes statistics instead of samples. The second term is exact for a scale that all tokens
-    /// share, and an upper bound for one of each token.
+    /// so it takes statistics instead of samples. `x_max` is the magnitude that a token's largest input
+    /// `x_j / s_j` exceeds every second time, if channels were independent and normal: for a scale of each
+    /// token. A scale that all tokens share is larger, and does best with a larger α.
     Searched,
 }
 
@@ -107,7 +108,7 @@ impl SmoothQuant {
                 let mut best = (f64::INFINITY, 0.5);
                 for step in 0..=20_u8 {
                     let alpha = f32::from(step) / 20.0;
-                    let loss = expected_error(weights, &x_max, &x_square, &scales(alpha));
+                    let loss = expected_error(weights, &x_square, &scales(alpha));
                     if loss < best.0 {
                         best = (loss, alpha);
                     }
@@ -120,10 +121,11 @@ impl SmoothQuant {
 }
 
 /// The loss of [`Alpha::Searched`].
-fn expected_error(weights: &[MatRef<'_, f32>], x_max: &[f32], x_square: &[f64], s: &[f32]) -> f64 {
-    let step = |max: f32| f64::from(max / 127.0).powi(2) / 12.0;
-    let signal: f64 = x_square.iter().zip(s).map(|(x, &s)| x / f64::from(s).powi(2)).sum();
-    let x_step = step(x_max.iter().zip(s).fold(0.0, |max, (x, s)| max.max(x / s)));
+fn expected_error(weights: &[MatRef<'_, f32>], x_square: &[f64], s: &[f32]) -> f64 {
+    let step_square = |max: f64| (max / 127.0).powi(2) / 12.0;
+    let x_square: Vec<_> = x_square.iter().zip(s).map(|(x, &s)| x / f64::from(s).powi(2)).collect();
+    let signal: f64 = x_square.iter().sum();
+    let x_step = step_square(typical_max(&x_square));
     let mut loss = 0.0;
     for row in weights.iter().flat_map(|w| w.iter_rows()) {
         let (mut max, mut energy) = (0.0_f32, 0.0);
@@ -132,7 +134,25 @@ fn expected_error(weights: &[MatRef<'_, f32>], x_max: &[f32], x_square: &[f64], 
             max = max.max(scaled.abs());
             energy += f64::from(scaled).powi(2);
         }
-        loss += step(max) * signal + x_step * energy;
+        loss += step_square(f64::from(max)) * signal + x_step * energy;
     }
     loss
+}
+
+/// The median of the largest magnitude among independent normal numbers with these mean squares.
+fn typical_max(squares: &[f64]) -> f64 {
+    let live = || squares.iter().filter(|&&square| square > 0.0);
+    let below =
+        |t: f64| live().map(|square| libm::erf(t / (2.0 * square).sqrt()).ln()).sum::<f64>();
+    // Of any number of them, none is 40 deviations away.
+    let (mut low, mut high) = (0.0, 40.0 * live().fold(0.0_f64, |max, &x| max.max(x)).sqrt());
+    for _ in 0..40 {
+        let middle = 0.5 * (low + high);
+        if below(middle) < 0.5_f64.ln() {
+            low = middle;
+        } else {
+            high = middle;
+        }
+    }
+    high
 }
