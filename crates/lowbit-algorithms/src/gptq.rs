@@ -104,13 +104,14 @@ impl Gptq {
         }
     }
 
-    /// All that lowers the loss without a bit more: scales of the smallest weighted error, eight
-    /// passes of coordinate descent, scales solved again in front of six of them, and a target
-    /// three quarters of the way towards the f32 model's output.
+    /// All that lowers the loss of a model without a bit more: scales of the smallest weighted error, eight
+    /// passes of coordinate descent, scales solved again in front of six of them, a target three quarters
+    /// of the way towards the f32 model's output, and, since so much effort fits the calibration texts
+    /// closer than others, damping of 0.2.
     pub const fn improved(scheme: QuantScheme) -> Self {
         let range = lowbit_core::Range::Search { grid: 100, candidates: 60, norm: 2.0 };
         let fit = Fit { range, ..Fit::NEAREST };
-        Self { fit, sweeps: 8, refits: 6, target_share: 0.75, ..Self::new(scheme) }
+        Self { fit, damping: 0.2, sweeps: 8, refits: 6, target_share: 0.75, ..Self::new(scheme) }
     }
 }
 

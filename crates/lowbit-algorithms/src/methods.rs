@@ -137,9 +137,9 @@ pub const METHODS: &[Method] = &[
     Method::new("gptq-int3-g32-zp", "GPTQ, int3-g32-zp", &gptq(affine(3, PerGroup(32)))),
     Method::new("best-int4-g32-zp", "GPTQ improved, int4-g32-zp", &best(affine(4, PerGroup(32)))),
     Method::new("best-int3-g32-zp", "GPTQ improved, int3-g32-zp", &best(affine(3, PerGroup(32)))),
-    Method::new("best-int5-g16", "GPTQ improved, 5 bits, two-level g16", &two_level(5)),
-    Method::new("best-int4-g16", "GPTQ improved, 4 bits, two-level g16", &two_level(4)),
-    Method::new("best-int3-g16", "GPTQ improved, 3 bits, two-level g16", &two_level(3)),
+    Method::new("best-int5-g24", "GPTQ improved, 5 bits, two-level g24", &two_level(5, 24)),
+    Method::new("best-int4-g16", "GPTQ improved, 4 bits, two-level g16", &two_level(4, 16)),
+    Method::new("best-int3-g16", "GPTQ improved, 3 bits, two-level g16", &two_level(3, 16)),
     Method::new("spqr-int4-g16", "SpQR, 4 bits, 1 % of outliers", &spqr(4)),
     Method::new("spqr-int3-g16", "SpQR, 3 bits, 1 % of outliers", &spqr(3)),
     Method::new(
@@ -163,11 +163,11 @@ const fn best(rtn: Rtn) -> Gptq {
 const BILEVEL: ScaleFormat = ScaleFormat::TwoLevel(TwoLevel::BILEVEL4);
 
 /// Integers with real zeros.
-const fn two_level(bits: u8) -> Gptq {
+const fn two_level(bits: u8, group_size: usize) -> Gptq {
     Gptq::improved(QuantScheme {
         zero: ZeroFormat::Real(BILEVEL),
         scale_format: BILEVEL,
-        ..QuantScheme::affine(bits, PerGroup(16))
+        ..QuantScheme::affine(bits, PerGroup(group_size))
     })
 }
 
