@@ -270,6 +270,11 @@ impl<S: AsRef<[u8]>> QLinear<S> {
 ///   integers, then rounded to f32; the outer one goes from left to right in
 ///   f32, every product and sum rounded on its own (no fused multiply-add). Kernels reproduce it bit
 ///   for bit.
+///   Scales that are integers over one step for each row
+///   ([`has_integer_scales`](crate::QuantScheme::has_integer_scales)) belong to the integers, unless a
+///   token has a scale for each group:
+///   `y = (Σ_G scale_G·Σ_{j∈G} (code_j − zero_G)·(a_j − z)) · step · s + bias`, with one rounding of the
+///   whole sum to f32.
 /// * [`Outliers`] that are features count as 0 in all of this. Then, feature by feature in ascending
 ///   order, `x_j·w_j` is added to y, product and sum each rounded to f32. Single weights are added
 ///   likewise, and nothing counts as 0 for them.
@@ -389,6 +394,13 @@ impl<S: AsRef<[u8]>> QLinear<S> {
             !matches!(self.weight.scheme().zero, ZeroFormat::Real(_) | ZeroFormat::Offset(_));
         let k = self.weight.cols();
         let mut codes = vec![0; k];
+        if let Some(scales) = self
+            .weight
+            .scale_grid()
+            .filter(|_| self.weight.scheme().has_integer_scales() && !grouped)
+        {
+            return self.forward_one_sum(a, &scales, y);
+        }
         for i in 0..self.weight.rows() {
             self.weight.unpack_row(i, &mut codes)?;
             for (row, y) in y.iter_rows_mut().enumerate() {
@@ -416,6 +428,37 @@ impl<S: AsRef<[u8]>> QLinear<S> {
                     start = end;
                 }
                 let product = if grouped { sum } else { sum * a.params(row, 0).scale };
+                y[i] = self.bias.as_ref().map_or(product, |b| product + b[i]);
+            }
+        }
+        Ok(())
+    }
+
+    /// As [`forward_integers`](Self::forward_integers), for the grid of scales of a scheme that
+    /// [has integer scales](crate::QuantScheme::has_integer_scales).
+    fn forward_one_sum(
+        &self,
+        a: &QActivations,
+        scales: &QMatrix<&[u8]>,
+        y: &mut MatMut<'_, f32>,
+    ) -> Result<()> {
+        let (block_rows, group_size) = self.weight.block();
+        let mut codes = vec![0; self.weight.cols()];
+        let mut group_scales = vec![0; scales.cols()];
+        for i in 0..self.weight.rows() {
+            self.weight.unpack_row(i, &mut codes)?;
+            scales.unpack_row(i / block_rows, &mut group_scales)?;
+            let step = scales.params(i / block_rows / scales.block().0, 0).scale;
+            for (row, y) in y.iter_rows_mut().enumerate() {
+                let a_params = a.params(row, 0);
+                let mut sum = 0_i64;
+                for (j, (&code, &a)) in codes.iter().zip(a.row(row).unwrap_or(&[])).enumerate() {
+                    let group = j / group_size;
+                    let zero = self.weight.params(i / block_rows, group).zero as i64;
+                    let w = (i64::from(code) - zero) * i64::from(group_scales[group]);
+                    sum += w * (i64::from(a) - a_params.zero as i64);
+                }
+                let product = sum as f32 * step * a_params.scale;
                 y[i] = self.bias.as_ref().map_or(product, |b| product + b[i]);
             }
         }

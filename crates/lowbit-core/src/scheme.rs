@@ -2,7 +2,7 @@ use alloc::format;
 
 use lowbit_dtypes::{Format, Table16};
 
-use crate::{Error, Result, ScaleFormat};
+use crate::{Base, Error, Result, ScaleFormat};
 
 /// What a code means before scale and zero are applied: `real = scale · (level(code) − zero)`.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -425,6 +425,50 @@ impl QuantScheme {
         }
     }
 
+    /// Are scales small integers over one step for each row, so that every `(code − zero) · scale` fits
+    /// int8? One integer sum then goes over all groups of a row, multiplied by the step at its end: see
+    /// [`QLinear`](crate::QLinear).
+    ///
+    /// Codes must be integers with integer zeros, scales [`TwoLevel::integer`](crate::TwoLevel::integer) of at
+    /// most so many bits:
+    ///
+    /// | bits of a code | 1 | 2 | 3 | 4 | 5 | 6 | 7 | 8 |
+    /// |---|---|---|---|---|---|---|---|---|
+    /// | symmetric | 7 | 6 | 5 | 4 | 3 | 2 | 1 | 1 |
+    /// | with zero-points | 7 | 5 | 4 | 3 | 2 | 1 | 1 | – |
+    ///
+    /// # Example
+    /// ```
+    /// use lowbit_core::{Granularity, QuantScheme, ScaleFormat, TwoLevel};
+    ///
+    /// let scales = |bits| QuantScheme {
+    ///     scale_format: ScaleFormat::TwoLevel(TwoLevel::integer(bits)),
+    ///     ..QuantScheme::symmetric(4, Granularity::PerGroup(32))
+    /// };
+    /// assert!(scales(4).has_integer_scales()); // −8·15 = −120
+    /// assert!(!scales(5).has_integer_scales());
+    /// ```
+    pub fn has_integer_scales(self) -> bool {
+        let max = i32::from(self.dtype.max_code());
+        let (lo, hi) = match self.zero {
+            ZeroFormat::None => (0, max),
+            ZeroFormat::Midpoint => (-i32::from(self.midpoint()), max - i32::from(self.midpoint())),
+            ZeroFormat::Int => (-max, max),
+            ZeroFormat::Real(_) | ZeroFormat::Offset(_) => return false,
+        };
+        match (self.dtype, self.scale_format) {
+            (QuantType::Int { .. }, ScaleFormat::TwoLevel(two)) => {
+                let largest = i32::from(two.dtype.max_code());
+                matches!(two.dtype, QuantType::Int { .. })
+                    && matches!(two.granularity, Granularity::PerChannel | Granularity::PerTensor)
+                    && two.base == Base::Zero
+                    && lo * largest >= i8::MIN.into()
+                    && hi * largest <= i8::MAX.into()
+            }
+            _ => false,
+        }
+    }
+
     /// Rejects widths outside 1..=8, blocks without elements, and zeros of types that have their own.
     pub(crate) fn check(self) -> Result<()> {
         let bits = self.dtype.bits();
@@ -445,5 +489,31 @@ impl QuantScheme {
             }
         }
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::TwoLevel;
+
+    #[test]
+    fn integer_scales_have_as_many_bits_as_leave_products_in_int8() {
+        let most = |zero, bits| {
+            let scheme = |scale_bits| QuantScheme {
+                zero,
+                scale_format: ScaleFormat::TwoLevel(TwoLevel::integer(scale_bits)),
+                ..QuantScheme::symmetric(bits, Granularity::PerGroup(32))
+            };
+            (1..=8).filter(|&scale_bits| scheme(scale_bits).has_integer_scales()).max()
+        };
+        let symmetric = [7, 6, 5, 4, 3, 2, 1, 1].map(Some);
+        let affine = [Some(7), Some(5), Some(4), Some(3), Some(2), Some(1), Some(1), None];
+        for bits in 1..=8 {
+            let index = usize::from(bits - 1);
+            assert_eq!(most(ZeroFormat::Midpoint, bits), symmetric[index], "{bits}");
+            assert_eq!(most(ZeroFormat::Int, bits), affine[index], "{bits}");
+            assert_eq!(most(ZeroFormat::Real(ScaleFormat::F16), bits), None, "{bits}");
+        }
     }
 }

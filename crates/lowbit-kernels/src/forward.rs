@@ -193,6 +193,9 @@ impl PackedLinear {
             Output::I32(_) if self.activation().is_none() => {
                 refuse("i32 results of f32 activations".to_string())
             }
+            Output::I32(_) if self.one_sum() => refuse(
+                "i32 results of weights with integer scales, which would be among them".into(),
+            ),
             Output::I32(_) if self.group().1 > 1 => refuse(format!(
                 "i32 results of {} groups in a row, each with a scale of its own",
                 self.group().1
@@ -320,7 +323,7 @@ impl PackedLinear {
         let (m, k) = x.shape();
         let layout = RowLayout {
             width: self.padded_k(),
-            groups: self.group().1,
+            groups: self.sums_of_row(),
             affine: has_zeros_or_groups(quantizer.scheme),
         };
         // A row of scratch: its quantized form and, with outliers, [x without them f32; k].

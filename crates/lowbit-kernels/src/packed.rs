@@ -49,10 +49,12 @@ pub struct PackedLinear {
     /// Input features of a full group, within which no scale changes, neither of weights nor of
     /// activations; and how many groups a row has.
     group: (usize, usize),
+    /// See [`Panel::one_sum`].
+    one_sum: bool,
     // codes:  [n/32][steps of all groups][words][32 rows][4 bytes]: see `Storage`
     // scales: [n/32][groups][32]
     // zeros:  [n/32][groups][32], or one for all
-    // sums:   [n/32][groups][32], or none: see `Panel`
+    // sums:   [n/32][groups][32], one for all groups, or none: see `Panel`
     // Groups are padded to whole steps and rows to whole panels: code 0, zero 0, scale 0.
     codes: Vec<Line>,
     scales: PackedScales,
@@ -117,7 +119,8 @@ impl PackedLinear {
     /// beside 8-bit activations; real zeros or offsets beside uint8 activations or those with a scale for each
     /// group, real zeros beside outlier features; groups of a token neither of which divides those of the
     /// weights nor the other way round; a group whose integer sum might overflow, of more than 65,793
-    /// weights beside int8 activations or 33,025 beside uint8 (511 and 257 for tables of 16-bit levels); outlier
+    /// weights beside int8 activations or 33,025 beside uint8 (511 and 257 for tables of 16-bit levels), or a
+    /// row of [integer scales](QuantScheme::has_integer_scales) of more than 131,071 or 65,793; outlier
     /// features beside f32 activations; a threshold for them beside a scale that the batch shares.
     /// [`Error::NotFinite`] at the first weight of NaN or infinity.
     pub fn with_kernel<S: AsRef<[u8]>>(layer: &QLinear<S>, name: &str) -> Result<Self> {
@@ -196,6 +199,8 @@ impl PackedLinear {
         let storage = Storage::for_groups(scheme.dtype.bits(), table, group_size, k);
         let panels = n.div_ceil(NR);
         let steps = storage.steps(group_size, k);
+        let one_sum = layer.activation().is_some_and(|activation| has_one_sum(scheme, activation));
+        let sums_of_row = if one_sum { 1 } else { groups };
         let mut packed = Self {
             n,
             k,
@@ -209,6 +214,7 @@ impl PackedLinear {
             storage,
             unit: integers.map_or(1.0, |levels| levels.unit),
             group: (group_size, groups),
+            one_sum,
             codes: vec![Line([0; 64]); panels * steps * storage.words() * (4 * NR / 64)],
             scales: PackedScales::new(weight, group_size, rows.clone()),
             zeros: match scheme.zero {
@@ -222,7 +228,7 @@ impl PackedLinear {
                 }),
             },
             sums: match layer.activation() {
-                Some(scheme) if has_zeros_or_groups(scheme) => vec![[0; NR]; panels * groups],
+                Some(scheme) if has_zeros_or_groups(scheme) => vec![[0; NR]; panels * sums_of_row],
                 _ => Vec::new(),
             },
             meaning,
@@ -243,9 +249,12 @@ impl PackedLinear {
                     PackedZeros::Bytes(zeros) => zeros[at][lane] = params.zero as u8, // an integer
                     PackedZeros::Offset(offsets) => offsets[at][lane] = params.to_offset().offset,
                 }
-                if let (Some(sums), Some(levels)) = (packed.sums.get_mut(at), &integers) {
+                let sums_at = if one_sum { panel } else { at };
+                if let (Some(sums), Some(levels)) = (packed.sums.get_mut(sums_at), &integers) {
                     let level = |code: &u8| i32::from(levels.integers[usize::from(*code)]);
-                    sums[lane] = group.iter().map(|code| level(code) - params.zero as i32).sum();
+                    let sum: i32 = group.iter().map(|code| level(code) - params.zero as i32).sum();
+                    let scale = if one_sum { packed.scales.integer(at, lane) } else { 1 };
+                    sums[lane] += sum * scale;
                 }
                 let first = g * storage.steps_of_group(group_size) * storage.words();
                 let words = &mut words[first * NR + lane..];
@@ -333,6 +342,16 @@ impl PackedLinear {
         self.group
     }
 
+    /// Does one sum go over all groups of a row?
+    pub(crate) fn one_sum(&self) -> bool {
+        self.one_sum
+    }
+
+    /// Sums of integers that a row has: one for each group, or one for all.
+    pub(crate) fn sums_of_row(&self) -> usize {
+        if self.one_sum { 1 } else { self.group.1 }
+    }
+
     /// Input features of a full group once padded to whole steps.
     pub(crate) fn padded_group(&self) -> usize {
         self.storage.steps_of_group(self.group.0) * self.storage.k_per_step()
@@ -349,7 +368,8 @@ impl PackedLinear {
         let direct = match (self.storage, self.activation) {
             (Storage::Bytes, _) => true,
             // Tables of two bytes stay one code.
-            (_, Some(_)) => m <= self.kernel.direct_rows || two_tables,
+            (Storage::Nibbles, Some(_)) => m <= self.kernel.direct_rows || two_tables,
+            (_, Some(_)) => m <= self.kernel.direct_rows.min(16) || two_tables,
             (_, None) => m == 1,
         };
         if direct { 0 } else { self.padded_k() * NR }
@@ -359,6 +379,9 @@ impl PackedLinear {
     pub(crate) fn widened<'a>(&'a self, panel: Panel<'a>, widened: &'a mut [u8]) -> Panel<'a> {
         let integers = self.activation.is_some();
         self.kernel.widen(&panel, integers, widened);
+        if self.one_sum {
+            return panel.of_scaled(widened);
+        }
         Panel {
             codes: widened,
             storage: Storage::Bytes,
@@ -374,6 +397,7 @@ impl PackedLinear {
         let bytes = steps * self.storage.words() * 4 * NR;
         let codes: &[u8] = bytemuck::cast_slice(&self.codes);
         let groups = index * self.group.1..(index + 1) * self.group.1;
+        let sums = index * self.sums_of_row()..(index + 1) * self.sums_of_row();
         Panel {
             codes: &codes[index * bytes..][..bytes],
             storage: self.storage,
@@ -387,9 +411,10 @@ impl PackedLinear {
                 PackedZeros::Bytes(zeros) => Zeros::Bytes(&zeros[groups.clone()]),
                 PackedZeros::Offset(offsets) => Zeros::Offset(&offsets[groups.clone()]),
             },
-            sums: self.sums.get(groups).unwrap_or(&[]),
+            sums: self.sums.get(sums).unwrap_or(&[]),
             exact: false,
             next: &[],
+            one_sum: self.one_sum,
         }
     }
 }
@@ -462,6 +487,14 @@ impl PackedScales {
         }
     }
 
+    /// The code of a scale that is an integer.
+    fn integer(&self, at: usize, lane: usize) -> i32 {
+        match self {
+            Self::TwoLevel { codes, .. } => i32::from(codes[at][lane]),
+            _ => 1,
+        }
+    }
+
     fn bytes(&self) -> usize {
         match self {
             Self::F32(scales) => size_of_val(&scales[..]),
@@ -498,6 +531,11 @@ impl PackedScales {
 pub(crate) fn has_zeros_or_groups(scheme: ActivationScheme) -> bool {
     scheme.dtype == ActivationType::UInt8
         || matches!(scheme.scales, ActivationScales::PerTokenGroup(_))
+}
+
+/// Do all groups of a row have one sum, as the reference says?
+fn has_one_sum(scheme: QuantScheme, activation: ActivationScheme) -> bool {
+    scheme.has_integer_scales() && !matches!(activation.scales, ActivationScales::PerTokenGroup(_))
 }
 
 /// Refuses codes of NaN and infinities.
@@ -554,7 +592,12 @@ fn check_supported<S: AsRef<[u8]>>(layer: &QLinear<S>) -> Result<usize> {
     }
     // |code − zero| or |level| is at most this much.
     let words = levels.integers.iter().any(|level| !(-128..256).contains(level));
-    let largest = if words { 32_768 } else { 255 };
+    let one_sum = has_one_sum(weight.scheme(), scheme);
+    let largest = match () {
+        () if words => 32_768,
+        () if one_sum => 128, // scaled
+        () => 255,
+    };
     let max = match scheme.dtype {
         ActivationType::Int8 => i32::MAX as usize / (largest * 128),
         ActivationType::UInt8 => i32::MAX as usize / (largest * 255),
@@ -576,9 +619,10 @@ fn check_supported<S: AsRef<[u8]>>(layer: &QLinear<S>) -> Result<usize> {
             "activations in groups of {activation_group} beside weights in groups of {weight_group}: one must divide the other"
         ));
     }
-    if short > max {
+    let summed = if one_sum { k } else { short };
+    if summed > max {
         return refuse(format!(
-            "groups of {short} weights beside {:?} activations: at most {max} may share a scale",
+            "sums of {summed} weights beside {:?} activations: at most {max} are sure not to overflow",
             scheme.dtype
         ));
     }

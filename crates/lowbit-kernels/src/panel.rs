@@ -27,9 +27,59 @@ pub(crate) struct Panel<'a> {
     pub(crate) exact: bool,
     /// Codes that a later call reads, to be fetched into L2 meanwhile.
     pub(crate) next: &'a [u8],
+    /// Do the products of a row have one sum, those of a group multiplied by its integer scale? See
+    /// [`QuantScheme::has_integer_scales`](lowbit_core::QuantScheme::has_integer_scales). Rows of
+    /// activations have one sum then, and so has the panel, if it has any.
+    pub(crate) one_sum: bool,
 }
 
-impl Panel<'_> {
+/// What a byte of `(code − zero)·scale` counts from.
+const SIGNED: i32 = 128;
+
+impl<'a> Panel<'a> {
+    /// Of a panel with one sum, what multiplies bytes of [`scaled`](Self::scaled) codes: one group.
+    #[inline(always)]
+    pub(crate) fn of_scaled(&self, codes: &'a [u8]) -> Self {
+        let scales = match self.scales {
+            Scales::TwoLevel(two) => Scales::F32(two.steps),
+            scales => scales, // no panel with one sum has such
+        };
+        Panel {
+            codes,
+            storage: Storage::Bytes,
+            steps: codes.len() / (4 * NR),
+            groups: self.groups.min(1),
+            meaning: &Meaning::Int,
+            scales,
+            zeros: Zeros::Constant(SIGNED),
+            one_sum: false,
+            ..*self
+        }
+    }
+
+    /// Of a panel with one sum, the scales of group `g` and `128 − zero·scale`, in each half and in each
+    /// byte of a lane: `code·scale` plus the latter is a byte that counts from 128.
+    #[inline(always)]
+    pub(crate) fn factors<V: Isa<L>, const NV: usize, const L: usize>(
+        &self,
+        isa: V,
+        g: usize,
+        (h, v): (usize, usize),
+    ) -> (V::I32, V::I32) {
+        let scale = match self.scales {
+            Scales::TwoLevel(two) => isa.load_u8(part::<_, NV, L>(&two.codes[g], h, v)),
+            _ => isa.zero_i32(), // no panel with one sum has such
+        };
+        let zero = match self.zeros {
+            Zeros::Bytes(zeros) => isa.load_u8(part::<_, NV, L>(&zeros[g], h, v)),
+            Zeros::Constant(zero) => isa.splat_i32(zero),
+            Zeros::Offset(_) => isa.zero_i32(), // as above
+        };
+        let bias = isa.sub_i32(isa.splat_i32(SIGNED), isa.mul_u16(zero, scale));
+        let bias = isa.or(bias, isa.shl(bias, 8));
+        (isa.or(scale, isa.shl(scale, 16)), isa.or(bias, isa.shl(bias, 16)))
+    }
+
     /// Input features of a full group, padded to whole steps.
     #[inline(always)]
     pub(crate) fn padded_group(&self) -> usize {

@@ -145,7 +145,8 @@ impl PackedLinear {
         quantizer: Quantizer,
         to: &mut RowMut<'_>,
     ) -> Result<()> {
-        let (group_size, groups) = self.group();
+        let group_size = self.group().0;
+        let groups = self.sums_of_row();
         let shared = match quantizer.scheme.scales {
             ActivationScales::PerTokenGroup(shared) => Some(shared),
             _ => None,
@@ -197,7 +198,7 @@ impl PackedLinear {
         let ((group_size, groups), padded) = (self.group(), self.padded_group());
         let (codes, rest) = to.codes.split_at_mut(k);
         rest.fill(0);
-        group_sums(codes, group_size, to.sums);
+        group_sums(codes, if self.one_sum() { k } else { group_size }, to.sums);
         if padded != group_size {
             // From the last group backwards, so that none is overwritten before it has moved.
             for g in (0..groups).rev() {

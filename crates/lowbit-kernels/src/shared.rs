@@ -87,7 +87,7 @@ impl PackedLinear {
     /// # Ok::<(), lowbit_core::Error>(())
     /// ```
     pub fn shares_input_with(&self, other: &Self) -> Result<()> {
-        let layout = |l: &Self| (l.group(), l.padded_group(), l.padded_k());
+        let layout = |l: &Self| (l.group(), l.padded_group(), l.padded_k(), l.sums_of_row());
         let differ = |what: String| Err(Error::Unsupported { by: "a shared input", what });
         if self.kernel() != other.kernel() {
             return differ(format!("kernels {} and {}", self.kernel(), other.kernel()));
@@ -101,10 +101,10 @@ impl PackedLinear {
             return differ(format!("activations of {a:?} and {b:?}"));
         }
         if layout(self) != layout(other) {
-            let of = |l: &Self| (l.group().0, l.padded_group());
-            let ((a, a_padded), (b, b_padded)) = (of(self), of(other));
+            let of = |l: &Self| (l.group().0, l.padded_group(), l.sums_of_row());
+            let ((a, a_padded, a_sums), (b, b_padded, b_sums)) = (of(self), of(other));
             return differ(format!(
-                "groups of {a}, padded to {a_padded}, and of {b}, padded to {b_padded}"
+                "groups of {a}, padded to {a_padded}, in {a_sums} sums, and of {b}, padded to {b_padded}, in {b_sums}"
             ));
         }
         if self.transforms() != other.transforms() {

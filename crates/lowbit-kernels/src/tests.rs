@@ -6,8 +6,8 @@ use lowbit_core::testing::{Family, LinearProblem, Promise, strategies};
 use lowbit_core::{
     ActivationScales, ActivationScheme, ActivationType, Adapter, Context, Error, Format,
     Granularity, Linear, Mat, OutlierColumns, Outliers, QActivations, QLinear, QMatrix,
-    QuantScheme, SparseRows, Transform, ZeroFormat, encode_row_int8, encode_row_uint8, f16,
-    presets,
+    QuantScheme, ScaleFormat, SparseRows, Transform, TwoLevel, ZeroFormat, encode_row_int8,
+    encode_row_uint8, f16, presets,
 };
 use lowbit_dtypes::bf16;
 use proptest::prelude::*;
@@ -88,7 +88,15 @@ fn scheme() -> impl Strategy<Value = QuantScheme> {
     );
     let scaled = (integers, strategies::all_scale_formats(40))
         .prop_map(|(scheme, scale_format)| QuantScheme { scale_format, ..scheme });
-    prop_oneof![3 => scaled, 2 => strategies::level_schemes(70)]
+    // With one sum, or with too many bits for that.
+    let integer_scales = (1..=8_u8, 1..=7_u8, 1..70_usize, any::<bool>()).prop_map(
+        |(bits, scale_bits, group_size, affine)| QuantScheme {
+            zero: if affine { ZeroFormat::Int } else { ZeroFormat::Midpoint },
+            scale_format: ScaleFormat::TwoLevel(TwoLevel::integer(scale_bits)),
+            ..QuantScheme::affine(bits, Granularity::PerGroup(group_size))
+        },
+    );
+    prop_oneof![3 => scaled, 2 => strategies::level_schemes(70), 2 => integer_scales]
 }
 
 /// Those that kernels know beside weights of this scheme. At the static scale a part of the inputs
@@ -770,6 +778,41 @@ fn the_longest_group_does_not_overflow() {
         let x = Mat::from_fn(8, longest, |r, _| if r == 0 { 1.0 } else { -1.0 });
         check(long_layer(longest, dtype), x);
     }
+}
+
+/// A row of k weights of −8 and scales of 15, whose products are −120.
+fn long_row_of_integer_scales(k: usize, dtype: ActivationType) -> QLinear {
+    let scheme = QuantScheme {
+        scale_format: ScaleFormat::TwoLevel(TwoLevel::integer(4)),
+        ..QuantScheme::symmetric(4, Granularity::PerGroup(32))
+    };
+    let codes = vec![0; k.div_ceil(2)];
+    let mut scales = vec![0xff; k.div_ceil(32).div_ceil(2)];
+    scales.extend(1.0_f32.to_le_bytes()); // the step
+    let activation = ActivationScheme { dtype, scales: ActivationScales::PerToken };
+    let q = QMatrix::from_parts(1, k, scheme, codes, scales, None).unwrap();
+    assert_eq!(q.dequantize().data()[k - 1], -120.0);
+    QLinear::new(q).with_activation(Some(activation))
+}
+
+#[test]
+fn a_sum_over_all_groups_does_not_overflow_or_is_refused() {
+    for (dtype, longest) in [(ActivationType::Int8, 131_071), (ActivationType::UInt8, 65_793)] {
+        let layer = long_row_of_integer_scales(longest, dtype);
+        assert!(layer.weight().scheme().has_integer_scales());
+        check(layer, Mat::from_fn(8, longest, |r, _| if r == 0 { 1.0 } else { -1.0 }));
+        let error = PackedLinear::new(&long_row_of_integer_scales(longest + 1, dtype)).unwrap_err();
+        assert!(error.to_string().contains(&longest.to_string()), "{error}");
+    }
+}
+
+#[test]
+fn sums_of_integer_scales_are_not_given_out_as_integers() {
+    let packed = PackedLinear::new(&long_row_of_integer_scales(32, ActivationType::Int8)).unwrap();
+    let (x, mut y) = (Mat::zeros(1, 32), Mat::from_fn(1, 1, |_, _| 7));
+    let result = packed.forward_to(x.as_ref(), y.as_mut(), &mut Context::new());
+    assert!(matches!(result, Err(Error::Unsupported { .. })), "{result:?}");
+    assert_eq!(y.data(), [7]);
 }
 
 /// Prints what a run has covered (with `--nocapture`) and fails if a kernel that

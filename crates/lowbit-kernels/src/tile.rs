@@ -72,6 +72,8 @@ pub(crate) trait Isa<const L: usize>: Copy {
     fn shl(self, x: Self::I32, by: u32) -> Self::I32;
     /// Zeros come in.
     fn shr(self, x: Self::I32, by: u32) -> Self::I32;
+    /// Of every half of a lane, the lower half of the product.
+    fn mul_u16(self, a: Self::I32, b: Self::I32) -> Self::I32;
     /// `table[code]` of every byte, where codes lie in 0..=15.
     fn lookup(self, table: &[u8; 16], codes: Self::I32) -> Self::I32;
 
@@ -128,6 +130,8 @@ mod product {
     pub(super) const TABLE: u8 = 3;
     /// Looked up in two tables, of low and of high bytes.
     pub(super) const TWO_TABLES: u8 = 4;
+    /// Multiplied by the scale of their group, of a panel with one sum.
+    pub(super) const SCALED: u8 = 5;
 }
 
 /// `out[row] = Σ_groups Σ (level − zero)·a · scale` for one panel and up to [`MR`] rows, every product
@@ -136,7 +140,8 @@ mod product {
 ///
 /// Tiles have `R` rows by `NV` vectors, as many as there are registers for; `H` of them side by side
 /// make a panel. Rows that are left over make tiles of `R2` and of `R3`, and the last ones go one by
-/// one, by `NV1` vectors, `H1` times. Codes that have to be unpacked first are meant for a few rows:
+/// one, by `NV1` vectors, `H1` times. In short groups tiles have `RG` rows, if fewer are faster because
+/// sums and totals are in registers together. Codes that have to be unpacked first are meant for a few rows:
 /// for more, [`widen`] them.
 #[inline(always)]
 pub(crate) fn int8<
@@ -144,6 +149,7 @@ pub(crate) fn int8<
     const R: usize,
     const R2: usize,
     const R3: usize,
+    const RG: usize,
     const H: usize,
     const NV: usize,
     const H1: usize,
@@ -164,22 +170,40 @@ pub(crate) fn int8<
         }};
     }
     use product::*;
+    // Of several in a row.
+    let group = if panel.groups > 1 { panel.padded_group() } else { usize::MAX };
+    if panel.one_sum {
+        match panel.storage {
+            Storage::Bytes => tiles!(Bytes, 1, 1, SCALED,),
+            Storage::Bits6 => tiles!(Bits6, 3, 4, SCALED, R3),
+            Storage::Bits5 => tiles!(Bits5, 5, 8, SCALED, R3),
+            Storage::Nibbles => tiles!(Nibbles, 1, 2, SCALED, R2, R3),
+            Storage::Bits3 => tiles!(Bits3, 3, 8, SCALED, R3),
+            Storage::Crumbs => tiles!(Crumbs, 1, 4, SCALED, R3),
+        }
+        return;
+    }
     match (panel.storage, panel.meaning) {
+        (Storage::Bytes, Meaning::Int) if panel.sums.is_empty() && RG < R && group <= 128 => {
+            tiles!(Bytes, 1, 1, BYTES, RG, R3);
+        }
         (Storage::Bytes, Meaning::Int) if panel.sums.is_empty() => {
             tiles!(Bytes, 1, 1, BYTES, R, R2, R3);
         }
         (Storage::Bytes, Meaning::Int) => tiles!(Bytes, 1, 1, BYTES_BY_ANY, R3),
-        (Storage::Bits6, _) => tiles!(Bits6, 3, 4, SMALL,),
-        (Storage::Bits5, _) => tiles!(Bits5, 5, 8, SMALL,),
+        (Storage::Bits6, _) => tiles!(Bits6, 3, 4, SMALL, R3),
+        (Storage::Bits5, _) => tiles!(Bits5, 5, 8, SMALL, R3),
         (Storage::Nibbles, Meaning::Table(table)) => match table.high {
-            None => tiles!(Nibbles, 1, 2, TABLE, R3),
+            None if group < 64 => tiles!(Nibbles, 1, 2, TABLE, R3),
+            None => tiles!(Nibbles, 1, 2, TABLE, R2, R3),
             Some(_) => tiles!(Nibbles, 1, 2, TWO_TABLES, R3),
         },
-        (Storage::Nibbles, _) => tiles!(Nibbles, 1, 2, SMALL, R3),
+        (Storage::Nibbles, _) if group < 64 => tiles!(Nibbles, 1, 2, SMALL, R3),
+        (Storage::Nibbles, _) => tiles!(Nibbles, 1, 2, SMALL, R2, R3),
         (Storage::Bits3, Meaning::Table(_)) => tiles!(Bits3, 3, 8, TWO_TABLES,),
-        (Storage::Bits3, _) => tiles!(Bits3, 3, 8, SMALL,),
+        (Storage::Bits3, _) => tiles!(Bits3, 3, 8, SMALL, R3),
         (Storage::Crumbs, Meaning::Table(_)) => tiles!(Crumbs, 1, 4, TWO_TABLES,),
-        (Storage::Crumbs, _) => tiles!(Crumbs, 1, 4, SMALL,),
+        (Storage::Crumbs, _) => tiles!(Crumbs, 1, 4, SMALL, R3),
         // Packing makes none of these.
         (Storage::Bytes, Meaning::Table(_) | Meaning::Float(_)) => {}
     };
@@ -245,6 +269,7 @@ fn int8_rows<
     };
     for h in 0..H {
         let mut total = [[isa.zero_f32(); NV]; R];
+        let mut dots = [[isa.zero_i32(); NV]; R];
         for g in 0..panel.groups {
             let codes: &[Step<W, H, NV, L>] = bytemuck::cast_slice(panel.codes_of(g));
             let (steps, first) = (codes.len(), g * panel.padded_group());
@@ -253,14 +278,21 @@ fn int8_rows<
                 a[r] = bytemuck::cast_slice(&rows[r].codes[first..][..steps * 4 * Q]);
                 a[r] = &a[r][..steps];
             }
-            let mut dots = [[isa.zero_i32(); NV]; R];
+            let mut factors = [(isa.zero_i32(), isa.zero_i32()); NV];
+            if PRODUCT == product::SCALED {
+                for v in 0..NV {
+                    factors[v] = panel.factors::<V, NV, L>(isa, g, (h, v));
+                }
+            } else {
+                dots = [[isa.zero_i32(); NV]; R];
+            }
             let mut high_dots = [[isa.zero_i32(); NV]; R];
             for s in 0..steps {
                 let mut words = [[isa.zero_i32(); W]; NV];
                 for w in 0..W {
                     for v in 0..NV {
                         words[v][w] = isa.load_codes(&codes[s][w][h][v]);
-                        if R <= 4 {
+                        if R <= 8 {
                             isa.prefetch(&codes[s][w][h][v]);
                         }
                     }
@@ -276,6 +308,7 @@ fn int8_rows<
                             product::TABLE | product::TWO_TABLES => {
                                 isa.lookup(low_table, quads[v][q])
                             }
+                            product::SCALED => scaled(isa, quads[v][q], factors[v]),
                             _ => quads[v][q],
                         };
                         if PRODUCT == product::TWO_TABLES {
@@ -305,10 +338,26 @@ fn int8_rows<
                     }
                 }
             }
-            flush_group(isa, panel, (g, h, offset), rows, &dots, &mut total);
+            if PRODUCT != product::SCALED {
+                flush_group(isa, panel, (g, h, offset), rows, &dots, &mut total);
+            }
+        }
+        if PRODUCT == product::SCALED && panel.groups > 0 {
+            let panel = &panel.of_scaled(&[]);
+            flush_group(isa, panel, (0, h, offset), rows, &dots, &mut total);
         }
         store(isa, h, &total, out);
     }
+}
+
+/// `code·scale + bias` of every byte, which fits it, see [`Panel::factors`].
+#[inline(always)]
+fn scaled<V: Isa<L>, const L: usize>(
+    isa: V,
+    codes: V::I32,
+    (scale, bias): (V::I32, V::I32),
+) -> V::I32 {
+    isa.add_i32(isa.mul_u16(codes, scale), bias)
 }
 
 /// Adds the integer sums of group `g` to the totals of the `h`th part of a panel. `offset` has been
@@ -324,39 +373,63 @@ pub(crate) fn flush_group<V: Isa<L>, const R: usize, const NV: usize, const L: u
     total: &mut [[V::F32; NV]; R],
 ) {
     let unit = isa.splat_f32(panel.unit);
+    let mut scales = [isa.zero_f32(); NV];
+    let mut zeros = [isa.zero_i32(); NV];
     for v in 0..NV {
-        let scale = isa.mul(panel.scales.load::<V, NV, L>(isa, g, (h, v)), unit);
-        let zero = match panel.zeros {
-            Zeros::Constant(zero) => isa.splat_i32(zero - offset),
-            Zeros::Bytes(zeros) => {
-                let zeros = isa.load_u8(part::<_, NV, L>(&zeros[g], h, v));
-                isa.sub_i32(zeros, isa.splat_i32(offset))
+        scales[v] = isa.mul(panel.scales.load::<V, NV, L>(isa, g, (h, v)), unit);
+        if let Zeros::Bytes(bytes) = panel.zeros {
+            let bytes = isa.load_u8(part::<_, NV, L>(&bytes[g], h, v));
+            zeros[v] = isa.sub_i32(bytes, isa.splat_i32(offset));
+        }
+    }
+    let shared_zero = match panel.zeros {
+        Zeros::Constant(zero) => Some(zero - offset),
+        Zeros::Offset(_) => Some(-offset),
+        Zeros::Bytes(_) => None,
+    };
+    // Loops over dots and totals are short enough to be unrolled, or both would live in memory.
+    let mut differences = *dots;
+    // Differences fit; dot and zero·sum alone need not, and wrap around consistently.
+    if let Some(zero) = shared_zero {
+        for r in 0..R {
+            let product = isa.splat_i32(zero.wrapping_mul(rows[r].sums[g]));
+            for v in 0..NV {
+                differences[r][v] = isa.sub_i32(differences[r][v], product);
             }
-            Zeros::Offset(_) => isa.splat_i32(-offset),
-        };
-        if panel.sums.is_empty() {
-            for r in 0..R {
-                // The difference fits; dot and zero·sum alone need not, and wrap around consistently.
-                let dot = isa.sub_mul(dots[r][v], zero, rows[r].sums[g]);
-                total[r][v] = isa.add(total[r][v], isa.mul(isa.to_f32(dot), scale));
+        }
+    } else {
+        for r in 0..R {
+            for v in 0..NV {
+                differences[r][v] = isa.sub_mul(differences[r][v], zeros[v], rows[r].sums[g]);
             }
-        } else {
-            let sums = isa.load_i32(part::<_, NV, L>(&panel.sums[g], h, v));
-            for r in 0..R {
-                let dot = isa.sub_mul(dots[r][v], zero, rows[r].sums[g]);
-                let dot = isa.sub_mul(dot, sums, rows[r].zeros[g]);
+        }
+    }
+    if panel.sums.is_empty() {
+        for r in 0..R {
+            for v in 0..NV {
+                let term = isa.mul(isa.to_f32(differences[r][v]), scales[v]);
+                total[r][v] = isa.add(total[r][v], term);
+            }
+        }
+    } else {
+        for r in 0..R {
+            for v in 0..NV {
+                let sums = isa.load_i32(part::<_, NV, L>(&panel.sums[g], h, v));
+                let dot = isa.sub_mul(differences[r][v], sums, rows[r].zeros[g]);
                 if panel.exact {
                     total[r][v] = isa.reinterpret(dot);
                     continue;
                 }
-                let term = isa.mul(isa.to_f32(dot), scale);
+                let term = isa.mul(isa.to_f32(dot), scales[v]);
                 let term = isa.mul(term, isa.splat_f32(rows[r].scales[g]));
                 total[r][v] = isa.add(total[r][v], term);
             }
         }
-        if let Zeros::Offset(offsets) = panel.zeros {
-            let offset = isa.load_f32(part::<_, NV, L>(&offsets[g], h, v));
-            for r in 0..R {
+    }
+    if let Zeros::Offset(offsets) = panel.zeros {
+        for r in 0..R {
+            for v in 0..NV {
+                let offset = isa.load_f32(part::<_, NV, L>(&offsets[g], h, v));
                 let term = isa.mul(offset, isa.splat_f32(rows[r].sums[g] as f32));
                 total[r][v] = isa.add(total[r][v], term);
             }
@@ -523,7 +596,7 @@ fn f32_rows<
                 for w in 0..W {
                     for v in 0..NV {
                         words[v][w] = isa.load_codes(&codes[s][w][h][v]);
-                        if R <= 4 {
+                        if R <= 8 {
                             isa.prefetch(&codes[s][w][h][v]);
                         }
                     }
@@ -576,7 +649,8 @@ fn f32_rows<
 }
 
 /// Writes the codes of a panel as those of [`Storage::Bytes`], with the same groups. With `look_up`, what
-/// a table of bytes says of them.
+/// a table of bytes says of them. Those of a panel with one sum are multiplied by their scales, see
+/// [`Panel::of_scaled`].
 #[allow(clippy::needless_range_loop, reason = "as in int8_rows")]
 #[inline(always)]
 pub(crate) fn widen<V: Isa<L>, const PANEL: usize, const L: usize>(
@@ -610,23 +684,37 @@ fn widen_codes<
     look_up: bool,
     to: &mut [u8],
 ) {
-    let codes: &[Step<W, 1, PANEL, L>] = bytemuck::cast_slice(panel.codes);
-    let to: &mut [Step<Q, 1, PANEL, L>] = bytemuck::cast_slice_mut(to);
-    let steps = if codes.len() < to.len() { codes.len() } else { to.len() };
-    let (codes, to) = (&codes[..steps], &mut to[..steps]);
-    for s in 0..steps {
-        for v in 0..PANEL {
-            let mut words = [isa.zero_i32(); W];
-            for w in 0..W {
-                words[w] = isa.load_codes(&codes[s][w][0][v]);
+    let mut to: &mut [Step<Q, 1, PANEL, L>] = bytemuck::cast_slice_mut(to);
+    // All codes at once where nothing depends on the group.
+    let groups = if panel.one_sum { panel.groups } else { 1 };
+    for g in 0..groups {
+        let codes = if panel.one_sum { panel.codes_of(g) } else { panel.codes };
+        let codes: &[Step<W, 1, PANEL, L>] = bytemuck::cast_slice(codes);
+        let steps = if codes.len() < to.len() { codes.len() } else { to.len() };
+        let (these, rest) = to.split_at_mut(steps);
+        let codes = &codes[..steps];
+        to = rest;
+        let mut factors = [(isa.zero_i32(), isa.zero_i32()); PANEL];
+        if panel.one_sum {
+            for v in 0..PANEL {
+                factors[v] = panel.factors::<V, PANEL, L>(isa, g, (0, v));
             }
-            let quads = C::quads(isa, words);
-            for q in 0..Q {
-                let codes = match panel.meaning {
-                    Meaning::Table(table) if look_up => isa.lookup(&table.low, quads[q]),
-                    _ => quads[q],
-                };
-                isa.store_codes(codes, &mut to[s][q][0][v]);
+        }
+        for s in 0..steps {
+            for v in 0..PANEL {
+                let mut words = [isa.zero_i32(); W];
+                for w in 0..W {
+                    words[w] = isa.load_codes(&codes[s][w][0][v]);
+                }
+                let quads = C::quads(isa, words);
+                for q in 0..Q {
+                    let codes = match panel.meaning {
+                        _ if panel.one_sum => scaled(isa, quads[q], factors[v]),
+                        Meaning::Table(table) if look_up => isa.lookup(&table.low, quads[q]),
+                        _ => quads[q],
+                    };
+                    isa.store_codes(codes, &mut these[s][q][0][v]);
+                }
             }
         }
     }

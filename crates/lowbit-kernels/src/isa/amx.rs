@@ -121,7 +121,7 @@ fn ask_permission() -> isize {
 #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
 fn int8(panel: &Panel<'_>, rows: &[Int8Row<'_>], out: &mut [[f32; NR]]) {
     // Other codes are widened first where there are more than a few rows.
-    let bytes = panel.storage == Storage::Bytes;
+    let bytes = panel.storage == Storage::Bytes && !panel.one_sum;
     let Some(a) = Activations::new(rows).filter(|a| a.rows >= MIN_ROWS && bytes) else {
         return avx512_vnni::int8(panel, rows, out);
     };
@@ -421,6 +421,7 @@ mod tests {
             sums: &[],
             exact: false,
             next: &[],
+            one_sum: false,
         };
         let mut out = [[0.0; NR]; 20];
         KERNEL.int8(&panel, &[row; 20], &mut out);

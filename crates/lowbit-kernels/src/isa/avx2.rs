@@ -37,12 +37,12 @@ pub(super) const AVX2: Kernel = Kernel {
 
 #[target_feature(enable = "avx2,fma,avxvnni")]
 fn int8_vnni(panel: &Panel<'_>, rows: &[Int8Row<'_>], out: &mut [[f32; NR]]) {
-    tile::int8::<_, 6, 4, 2, 2, 2, 1, 4, 8>(Avx::<true>::with_vnni(), panel, rows, out);
+    tile::int8::<_, 6, 4, 2, 6, 2, 2, 1, 4, 8>(Avx::<true>::with_vnni(), panel, rows, out);
 }
 
 #[target_feature(enable = "avx2,fma")]
 fn int8(panel: &Panel<'_>, rows: &[Int8Row<'_>], out: &mut [[f32; NR]]) {
-    tile::int8::<_, 4, 3, 2, 2, 2, 1, 4, 8>(Avx::<false>::new(), panel, rows, out);
+    tile::int8::<_, 4, 3, 2, 4, 2, 2, 1, 4, 8>(Avx::<false>::new(), panel, rows, out);
 }
 
 #[target_feature(enable = "avx2,fma")]
@@ -211,6 +211,12 @@ impl<const VNNI: bool> Isa<8> for Avx<VNNI> {
     fn shr(self, x: __m256i, by: u32) -> __m256i {
         // SAFETY: see above.
         unsafe { _mm256_srl_epi32(x, _mm_cvtsi32_si128(by as i32)) }
+    }
+
+    #[inline(always)]
+    fn mul_u16(self, a: __m256i, b: __m256i) -> __m256i {
+        // SAFETY: see above.
+        unsafe { _mm256_mullo_epi16(a, b) }
     }
 
     #[inline(always)]

@@ -17,7 +17,7 @@ pub(super) const KERNEL: Kernel = Kernel {
             && is_x86_feature_detected!("avx512vnni")
     },
     rows: 24,
-    direct_rows: 8,
+    direct_rows: 32,
     task_rows: 72,
     keeps_rows: false,
     int8,
@@ -28,7 +28,7 @@ pub(super) const KERNEL: Kernel = Kernel {
 
 #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
 pub(super) fn int8(panel: &Panel<'_>, rows: &[Int8Row<'_>], out: &mut [[f32; NR]]) {
-    tile::int8::<_, 12, 8, 4, 1, 2, 1, 2, 16>(Avx512Vnni::new(), panel, rows, out);
+    tile::int8::<_, 12, 8, 4, 6, 1, 2, 1, 2, 16>(Avx512Vnni::new(), panel, rows, out);
 }
 
 #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
@@ -185,6 +185,12 @@ impl Isa<16> for Avx512Vnni {
     fn shr(self, x: __m512i, by: u32) -> __m512i {
         // SAFETY: see above.
         unsafe { _mm512_srl_epi32(x, _mm_cvtsi32_si128(by as i32)) }
+    }
+
+    #[inline(always)]
+    fn mul_u16(self, a: __m512i, b: __m512i) -> __m512i {
+        // SAFETY: see above.
+        unsafe { _mm512_mullo_epi16(a, b) }
     }
 
     #[inline(always)]

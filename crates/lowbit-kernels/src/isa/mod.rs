@@ -29,8 +29,8 @@ pub(crate) struct Kernel {
     is_available: fn() -> bool,
     /// Rows that a call takes at most, and no more than [`MR`](crate::tile::MR).
     pub(crate) rows: usize,
-    /// Rows up to which codes of less than a byte are unpacked again in each tile of rows; for more, they
-    /// are widened to bytes first.
+    /// Rows up to which codes of 4 bits are unpacked again in each tile of rows; for more, they are widened
+    /// to bytes first. At most 16 for other codes of less than a byte.
     pub(crate) direct_rows: usize,
     /// Rows of a task at most: enough that a panel, once in L2, is used often.
     pub(crate) task_rows: usize,
@@ -171,6 +171,7 @@ mod tests {
                         sums: if affine { &sums } else { &[] },
                         exact: false,
                         next: &[],
+                        one_sum: false,
                     };
                     for activations in activations.chunks(8) {
                         // At one distance from each other, as AMX needs them.

@@ -54,17 +54,17 @@ pub(super) const NEON: Kernel = Kernel {
 
 #[target_feature(enable = "neon,i8mm")]
 fn int8_i8mm(panel: &Panel<'_>, rows: &[Int8Row<'_>], out: &mut [[f32; NR]]) {
-    tile::int8::<_, 4, 3, 2, 2, 4, 1, 8, 4>(Neon::<USDOT>::with_i8mm(), panel, rows, out);
+    tile::int8::<_, 4, 3, 2, 4, 2, 4, 1, 8, 4>(Neon::<USDOT>::with_i8mm(), panel, rows, out);
 }
 
 #[target_feature(enable = "neon,dotprod")]
 fn int8_dotprod(panel: &Panel<'_>, rows: &[Int8Row<'_>], out: &mut [[f32; NR]]) {
-    tile::int8::<_, 4, 3, 2, 2, 4, 1, 8, 4>(Neon::<SDOT>::with_dotprod(), panel, rows, out);
+    tile::int8::<_, 4, 3, 2, 4, 2, 4, 1, 8, 4>(Neon::<SDOT>::with_dotprod(), panel, rows, out);
 }
 
 #[target_feature(enable = "neon")]
 fn int8(panel: &Panel<'_>, rows: &[Int8Row<'_>], out: &mut [[f32; NR]]) {
-    tile::int8::<_, 4, 3, 2, 4, 2, 1, 8, 4>(Neon::<SMULL>::new(), panel, rows, out);
+    tile::int8::<_, 4, 3, 2, 4, 4, 2, 1, 8, 4>(Neon::<SMULL>::new(), panel, rows, out);
 }
 
 #[target_feature(enable = "neon")]
@@ -298,6 +298,15 @@ impl<const DOT: u8> Isa<4> for Neon<DOT> {
         unsafe {
             let shifted = vshlq_u32(vreinterpretq_u32_s32(x), vdupq_n_s32(-(by as i32)));
             vreinterpretq_s32_u32(shifted)
+        }
+    }
+
+    #[inline(always)]
+    fn mul_u16(self, a: int32x4_t, b: int32x4_t) -> int32x4_t {
+        // SAFETY: see above.
+        unsafe {
+            let product = vmulq_u16(vreinterpretq_u16_s32(a), vreinterpretq_u16_s32(b));
+            vreinterpretq_s32_u16(product)
         }
     }
 

@@ -10,7 +10,7 @@ pub(super) const KERNEL: Kernel = Kernel {
     direct_rows: 2,
     task_rows: 72,
     keeps_rows: false,
-    int8: |panel, rows, out| tile::int8::<_, 1, 1, 1, 4, 1, 4, 1, 8>(Scalar, panel, rows, out),
+    int8: |panel, rows, out| tile::int8::<_, 1, 1, 1, 1, 4, 1, 4, 1, 8>(Scalar, panel, rows, out),
     widen: |panel, look_up, to| tile::widen::<_, 4, 8>(Scalar, panel, look_up, to),
     peak: |peak, rounds| tile::peak(Scalar, peak, rounds),
     f32: |panel, rows, out| tile::f32::<_, 1, 1, 4, 1, 4, 1, 8>(Scalar, panel, rows, out),
@@ -101,6 +101,14 @@ impl Isa<8> for Scalar {
 
     fn shr(self, x: [i32; 8], by: u32) -> [i32; 8] {
         x.map(|x| (x as u32 >> by) as i32)
+    }
+
+    fn mul_u16(self, a: [i32; 8], b: [i32; 8]) -> [i32; 8] {
+        core::array::from_fn(|i| {
+            let low = a[i].wrapping_mul(b[i] & 0xffff) & 0xffff;
+            let high = (a[i] >> 16).wrapping_mul(b[i] >> 16) << 16;
+            low | high
+        })
     }
 
     fn lookup(self, table: &[u8; 16], codes: [i32; 8]) -> [i32; 8] {
