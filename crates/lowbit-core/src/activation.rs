@@ -1,6 +1,6 @@
 use alloc::format;
 
-use lowbit_dtypes::{Format, Overflow};
+use lowbit_dtypes::{Format, Overflow, bf16};
 use pulp::{Simd, WithSimd};
 
 use crate::{
@@ -47,6 +47,9 @@ pub enum ActivationType {
     Int16,
     /// A float of 8 bits or fewer, such as [`Format::F8E4M3`].
     Float(Format),
+    /// bfloat16, without a scale: [`ActivationScheme::BF16`]. Kernels may round the levels of weights to it
+    /// too (those of integers and of FP8 and smaller floats are bfloat16 numbers), and sum in f32.
+    Bf16,
 }
 
 /// Who shares a scale (and a zero-point), and when it is computed.
@@ -72,6 +75,9 @@ pub enum ActivationScales {
 /// Twice rounded, as `LARGEST / 127 · 127`, it is still finite; `f32::MAX` is not.
 const LARGEST: f32 = f32::from_bits(f32::MAX.to_bits() - 1);
 
+/// The largest number of bfloat16.
+const BF16_MAX: f32 = f32::from_bits(0x7f7f_0000);
+
 impl ActivationType {
     /// The largest level.
     const fn reach(self) -> f32 {
@@ -80,6 +86,7 @@ impl ActivationType {
             Self::UInt8 => 255.0,
             Self::Int16 => 32767.0,
             Self::Float(format) => format.max(),
+            Self::Bf16 => BF16_MAX,
         }
     }
 
@@ -117,12 +124,33 @@ impl ActivationScheme {
     pub const INT8_PER_TOKEN: Self =
         Self { dtype: ActivationType::Int8, scales: ActivationScales::PerToken };
 
+    /// bfloat16, to the nearest, ties to even; what lies beyond its largest number saturates.
+    ///
+    /// # Example
+    /// ```
+    /// use lowbit_core::{ActivationScheme, Mat, QActivations};
+    ///
+    /// let x = Mat::new(vec![1.0, 1.001, -3.02], 1, 3)?;
+    /// let q = QActivations::quantize(x.as_ref(), ActivationScheme::BF16)?;
+    /// assert_eq!(q.dequantize().data(), [1.0, 1.0, -3.015625]);
+    /// # Ok::<(), lowbit_core::Error>(())
+    /// ```
+    pub const BF16: Self = Self {
+        dtype: ActivationType::Bf16,
+        scales: ActivationScales::Static { scale: 1.0, zero_point: 0 },
+    };
+
     /// Rejects what has no meaning.
     ///
     /// # Errors
     /// [`Error::EmptyBlock`] for groups of 0, [`Error::Parameter`] for a static scale that is no
-    /// positive finite number, [`Error::Unsupported`] for a zero-point or a type that cannot be.
+    /// positive finite number, [`Error::Unsupported`] for a zero-point or a type that cannot be, and for
+    /// bfloat16 with other scales than a static 1.
     pub fn check(self) -> Result<()> {
+        if self.dtype == ActivationType::Bf16 && self != Self::BF16 {
+            let what = format!("{:?}: bfloat16 has no scale", self.scales);
+            return Err(Error::Unsupported { by: "an activation scheme", what });
+        }
         if let ActivationType::Float(format) = self.dtype
             && !format.is_signed()
         {
@@ -278,7 +306,7 @@ impl QActivations {
 
     /// Are codes integers, zero-points included?
     pub(crate) fn is_integer(&self) -> bool {
-        !matches!(self.scheme.dtype, ActivationType::Float(_))
+        !matches!(self.scheme.dtype, ActivationType::Float(_) | ActivationType::Bf16)
     }
 
     /// The numbers that are computed with.
@@ -296,6 +324,7 @@ impl QActivations {
 fn level(dtype: ActivationType, code: i16) -> f32 {
     match dtype {
         ActivationType::Float(format) => format.decode(code as u8),
+        ActivationType::Bf16 => bf16::from_bits(code as u16).to_f32(),
         _ => f32::from(code),
     }
 }
@@ -310,6 +339,7 @@ fn encode(dtype: ActivationType, x: f32, scale: f32, zero: u8) -> i16 {
         ActivationType::UInt8 => (nearest_even(steps) + f32::from(zero)).clamp(0.0, 255.0) as i16,
         ActivationType::Int16 => nearest_even(steps).clamp(-32767.0, 32767.0) as i16,
         ActivationType::Float(format) => i16::from(format.encode(x / scale, Overflow::Saturate)),
+        ActivationType::Bf16 => bf16::from_f32(x.clamp(-BF16_MAX, BF16_MAX)).to_bits() as i16,
     }
 }
 

@@ -3,13 +3,16 @@
 
 use std::{ops::Range, sync::Arc};
 
-use lowbit_core::{ActivationScales, Context, Error, Linear, MatMut, MatRef, Outliers, Result};
+use lowbit_core::{
+    ActivationScales, ActivationScheme, Context, Error, Linear, MatMut, MatRef, Outliers, Result,
+};
 use lowbit_dtypes::{Overflow, Rounding, SmallFloat, bf16, encode_slice, f16};
 use rayon::{ThreadPool, prelude::*};
 
 use crate::{
     io::{Input, Output},
-    packed::{PackedLinear, has_zeros_or_groups},
+    isa::Bf16Kernel,
+    packed::{Compute, PackedLinear, has_zeros_or_groups},
     panel::{NR, Panel},
     rows::{Quantizer, RowLayout, tensor_params},
     tile::{Int8Row, MR},
@@ -190,8 +193,8 @@ impl PackedLinear {
             Output::Int8 { scale, .. } | Output::UInt8 { scale, .. } => {
                 check_scale("output scale", scale)
             }
-            Output::I32(_) if self.activation().is_none() => {
-                refuse("i32 results of f32 activations".to_string())
+            Output::I32(_) if !matches!(self.compute(), Compute::Int8) => {
+                refuse("i32 results of f32 or bfloat16 activations".to_string())
             }
             Output::I32(_) if self.one_sum() => refuse(
                 "i32 results of weights with integer scales, which would be among them".into(),
@@ -258,7 +261,32 @@ impl PackedLinear {
         let Some(first) = layers.first() else { return Ok(()) };
         match (first.activation(), x) {
             (None, Input::F32(x)) => {
-                first.multiply_f32(layers, x, outputs, ctx, threads, store);
+                first.multiply_f32(
+                    layers,
+                    x,
+                    outputs,
+                    ctx,
+                    threads,
+                    store,
+                    <[f32]>::copy_from_slice,
+                );
+                Ok(())
+            }
+            (Some(ActivationScheme::BF16), Input::F32(x)) => {
+                for (row, x) in x.iter_rows().enumerate() {
+                    if let Some(col) = x.iter().position(|x| !x.is_finite()) {
+                        return Err(Error::NotFinite { what: "activation", row, col });
+                    }
+                }
+                if let Compute::Bf16(kernel) = first.compute() {
+                    first.multiply_bf16(kernel, layers, x, outputs, ctx, threads, store);
+                } else {
+                    first.multiply_f32(layers, x, outputs, ctx, threads, store, |to, x| {
+                        for (to, x) in to.iter_mut().zip(x) {
+                            *to = to_bf16(*x).to_f32();
+                        }
+                    });
+                }
                 Ok(())
             }
             (Some(scheme), x) => {
@@ -278,6 +306,8 @@ impl PackedLinear {
         }
     }
 
+    /// With activations as `copy` writes them, to its first argument.
+    #[allow(clippy::too_many_arguments, reason = "one call")]
     fn multiply_f32<T: Send>(
         &self,
         layers: &[&Self],
@@ -286,6 +316,7 @@ impl PackedLinear {
         ctx: &mut Context,
         threads: Threads<'_>,
         store: impl Fn(&[f32], &mut [T]) + Sync,
+        copy: impl Fn(&mut [f32], &[f32]) + Sync,
     ) {
         let (m, width) = (x.rows(), self.padded_k());
         let widened = widened_bytes(layers, m);
@@ -293,7 +324,7 @@ impl PackedLinear {
         let (spare, padded) = scratch.split_at_mut(threads.count() * widened);
         let padded: &mut [f32] = bytemuck::cast_slice_mut(padded);
         threads.chunks(padded, width, |row, to| {
-            pad(x.row(row).unwrap_or(&[]), to, self.group().0, self.padded_group());
+            pad(x.row(row).unwrap_or(&[]), to, self.group().0, self.padded_group(), &copy);
         });
         let padded = &*padded;
         let tile = |panel: &Panel<'_>, rows: Range<usize>, out: &mut [[f32; NR]]| {
@@ -304,6 +335,43 @@ impl PackedLinear {
             self.microkernel().f32(panel, &x[..rows.len()], out);
         };
         for (layer, y) in layers.iter().zip(outputs) {
+            layer.tiles(y.reborrow(), threads, layer.bias(), &mut *spare, tile, &store);
+        }
+    }
+
+    #[allow(clippy::too_many_arguments, reason = "one call")]
+    fn multiply_bf16<T: Send>(
+        &self,
+        kernel: &Bf16Kernel,
+        layers: &[&Self],
+        x: MatRef<'_, f32>,
+        outputs: &mut [MatMut<'_, T>],
+        ctx: &mut Context,
+        threads: Threads<'_>,
+        store: impl Fn(&[f32], &mut [T]) + Sync,
+    ) {
+        let (m, width) = (x.rows(), self.padded_k());
+        let widened = widened_bytes(layers, m);
+        let scratch = ctx.scratch(threads.count() * widened + m * width * 2);
+        let (spare, padded) = scratch.split_at_mut(threads.count() * widened);
+        threads.chunks(padded, 2 * width, |row, to| {
+            let to: &mut [bf16] = bytemuck::cast_slice_mut(to);
+            let x = x.row(row).unwrap_or(&[]);
+            pad(x, to, self.group().0, self.padded_group(), &|to: &mut [bf16], x: &[f32]| {
+                // Fails only on unequal lengths.
+                let _ = encode_slice(x, to, Rounding::NearestEven, Overflow::Saturate);
+            });
+        });
+        let padded: &[i32] = bytemuck::cast_slice(padded);
+        let words = width / 2;
+        for (layer, y) in layers.iter().zip(outputs) {
+            let tile = |panel: &Panel<'_>, rows: Range<usize>, out: &mut [[f32; NR]]| {
+                let mut x = [&[][..]; MR];
+                for (x, row) in x.iter_mut().zip(rows.clone()) {
+                    *x = &padded[row * words..][..words];
+                }
+                kernel.product(panel, layer.numbers(), &x[..rows.len()], out);
+            };
             layer.tiles(y.reborrow(), threads, layer.bias(), &mut *spare, tile, &store);
         }
     }
@@ -485,7 +553,11 @@ impl PackedLinear {
         let kernel = self.microkernel();
         let mut most = kernel.task_rows;
         if kernel.keeps_rows {
-            let bytes = if self.activation().is_some() { 1 } else { 4 };
+            let bytes = match self.compute() {
+                Compute::F32 => 4,
+                Compute::Bf16(_) => 2,
+                Compute::Int8 => 1,
+            };
             most = (KEPT / (bytes * self.padded_k()).max(1)).clamp(kernel.rows, most);
         }
         m.div_ceil(m.div_ceil(most).max(1)).max(1).next_multiple_of(kernel.rows)
@@ -711,12 +783,27 @@ impl pulp::NullaryFnOnce for Without<'_> {
 }
 
 /// Copies a row so that each group starts at a multiple of `padded`, with zeros between.
-fn pad(x: &[f32], to: &mut [f32], group_size: usize, padded: usize) {
+fn pad<T: Copy + Default>(
+    x: &[f32],
+    to: &mut [T],
+    group_size: usize,
+    padded: usize,
+    copy: &impl Fn(&mut [T], &[f32]),
+) {
+    // In one go where nothing lies between.
+    let (group_size, padded) =
+        if group_size == padded { (x.len().max(1), to.len().max(1)) } else { (group_size, padded) };
     for (x, to) in x.chunks(group_size).zip(to.chunks_mut(padded)) {
         let (values, rest) = to.split_at_mut(x.len());
-        values.copy_from_slice(x);
-        rest.fill(0.0);
+        copy(values, x);
+        rest.fill(T::default());
     }
+}
+
+/// To the nearest; what lies beyond the largest number saturates.
+fn to_bf16(x: f32) -> bf16 {
+    let largest = bf16::MAX.to_f32();
+    bf16::from_f32(x.clamp(-largest, largest))
 }
 
 /// Bytes of the largest widened panel that one of `layers` needs.

@@ -25,6 +25,7 @@
 //! ```
 #![deny(unsafe_code)]
 
+mod bf16;
 mod experts;
 mod forward;
 mod io;

@@ -7,7 +7,8 @@ use lowbit_core::{
 };
 
 use crate::{
-    isa::{self, Kernel},
+    bf16,
+    isa::{self, Bf16Kernel, Kernel},
     panel::{Meaning, NR, Panel, Scales, TwoLevel, Zeros},
     storage::Storage,
 };
@@ -44,6 +45,8 @@ pub struct PackedLinear {
     scheme: QuantScheme,
     storage: Storage,
     meaning: Meaning,
+    /// See [`bf16::numbers`].
+    numbers: [u16; 32],
     /// What an integer level is multiplied by.
     unit: f32,
     /// Input features of a full group, within which no scale changes, neither of weights nor of
@@ -60,6 +63,14 @@ pub struct PackedLinear {
     scales: PackedScales,
     zeros: PackedZeros,
     sums: Vec<[i32; NR]>,
+}
+
+/// What activations are multiplied in.
+pub(crate) enum Compute {
+    F32,
+    Bf16(&'static Bf16Kernel),
+    /// 8 bits, signed or not.
+    Int8,
 }
 
 /// The scales of all panels, see [`Scales`].
@@ -115,13 +126,13 @@ impl PackedLinear {
     ///
     /// # Errors
     /// [`Error::Unsupported`] if there is no such kernel or this CPU lacks its instructions, or if no
-    /// kernel computes such a layer yet: activations in other than f32, int8 or uint8; FP8 and FP6 weights
+    /// kernel computes such a layer yet: activations in other than f32, bfloat16, int8 or uint8; FP8 and FP6 weights
     /// beside 8-bit activations; real zeros or offsets beside uint8 activations or those with a scale for each
     /// group, real zeros beside outlier features; groups of a token neither of which divides those of the
     /// weights nor the other way round; a group whose integer sum might overflow, of more than 65,793
     /// weights beside int8 activations or 33,025 beside uint8 (511 and 257 for tables of 16-bit levels), or a
     /// row of [integer scales](QuantScheme::has_integer_scales) of more than 131,071 or 65,793; outlier
-    /// features beside f32 activations; a threshold for them beside a scale that the batch shares.
+    /// features beside f32 or bfloat16 activations; a threshold for them beside a scale that the batch shares.
     /// [`Error::NotFinite`] at the first weight of NaN or infinity.
     pub fn with_kernel<S: AsRef<[u8]>>(layer: &QLinear<S>, name: &str) -> Result<Self> {
         Self::pack(layer, isa::named(name)?, 0..layer.weight().rows())
@@ -194,7 +205,10 @@ impl PackedLinear {
         let Some(meaning) = Meaning::of(scheme.dtype) else {
             return refuse(format!("weights of {:?}", scheme.dtype));
         };
-        let integers = layer.activation().and(scheme.dtype.integer_levels());
+        let integers = layer
+            .activation()
+            .filter(|scheme| *scheme != ActivationScheme::BF16)
+            .and(scheme.dtype.integer_levels());
         let table = matches!(meaning, Meaning::Table(_));
         let storage = Storage::for_groups(scheme.dtype.bits(), table, group_size, k);
         let panels = n.div_ceil(NR);
@@ -212,6 +226,7 @@ impl PackedLinear {
             bias: layer.bias().map(|bias| bias[rows.clone()].to_vec()),
             scheme,
             storage,
+            numbers: bf16::numbers(scheme.dtype),
             unit: integers.map_or(1.0, |levels| levels.unit),
             group: (group_size, groups),
             one_sum,
@@ -362,33 +377,59 @@ impl PackedLinear {
         self.storage.steps(self.group.0, self.k) * self.storage.k_per_step()
     }
 
+    /// What activations are multiplied in.
+    pub(crate) fn compute(&self) -> Compute {
+        match self.activation {
+            None => Compute::F32,
+            Some(ActivationScheme::BF16) => match &self.kernel.bf16 {
+                Some(kernel) => Compute::Bf16(kernel),
+                None => Compute::F32,
+            },
+            Some(_) => Compute::Int8,
+        }
+    }
+
+    /// See [`bf16::numbers`].
+    pub(crate) fn numbers(&self) -> &[u16; 32] {
+        &self.numbers
+    }
+
     /// Bytes of a panel once its codes are widened, where that pays for `m` rows; 0 otherwise.
     pub(crate) fn widened_bytes(&self, m: usize) -> usize {
         let two_tables = matches!(&self.meaning, Meaning::Table(table) if table.high.is_some());
-        let direct = match (self.storage, self.activation) {
-            (Storage::Bytes, _) => true,
+        let few = match (self.compute(), self.storage) {
+            (Compute::Bf16(_), Storage::Nibbles | Storage::Bits3 | Storage::Crumbs) => 16,
+            (Compute::Bf16(_), _) => 3,
+            (_, Storage::Bytes) => usize::MAX,
+            (Compute::F32, _) => 1,
             // Tables of two bytes stay one code.
-            (Storage::Nibbles, Some(_)) => m <= self.kernel.direct_rows || two_tables,
-            (_, Some(_)) => m <= self.kernel.direct_rows.min(16) || two_tables,
-            (_, None) => m == 1,
+            (Compute::Int8, _) if two_tables => usize::MAX,
+            (Compute::Int8, Storage::Nibbles) => self.kernel.direct_rows,
+            (Compute::Int8, _) => self.kernel.direct_rows.min(16),
         };
-        if direct { 0 } else { self.padded_k() * NR }
+        let bytes = if matches!(self.compute(), Compute::Bf16(_)) { 2 } else { 1 };
+        if m <= few { 0 } else { self.padded_k() * NR * bytes }
     }
 
-    /// A panel of widened codes, see [`tile::widen`](crate::tile::widen); `widened` are those of `panel`.
+    /// A panel of widened codes, see [`tile::widen`](crate::tile::widen) and [`bf16::widen`]; `widened` are
+    /// those of `panel`.
     pub(crate) fn widened<'a>(&'a self, panel: Panel<'a>, widened: &'a mut [u8]) -> Panel<'a> {
-        let integers = self.activation.is_some();
+        let steps = panel.steps * panel.storage.quads();
+        if let Compute::Bf16(kernel) = self.compute() {
+            kernel.widen(&panel, &self.numbers, widened);
+            let zeros = match panel.zeros {
+                Zeros::Offset(_) => panel.zeros,
+                _ => Zeros::Constant(0),
+            };
+            return Panel { codes: widened, storage: Storage::Pairs, steps, zeros, ..panel };
+        }
+        let integers = matches!(self.compute(), Compute::Int8);
         self.kernel.widen(&panel, integers, widened);
         if self.one_sum {
             return panel.of_scaled(widened);
         }
-        Panel {
-            codes: widened,
-            storage: Storage::Bytes,
-            steps: panel.steps * panel.storage.quads(),
-            meaning: if integers { &Meaning::Int } else { panel.meaning },
-            ..panel
-        }
+        let meaning = if integers { &Meaning::Int } else { panel.meaning };
+        Panel { codes: widened, storage: Storage::Bytes, steps, meaning, ..panel }
     }
 
     /// The panel of rows `32·index ..`.
@@ -572,10 +613,11 @@ fn check_supported<S: AsRef<[u8]>>(layer: &QLinear<S>) -> Result<usize> {
         return refuse("outlier features beside real zeros".to_string());
     }
     let weight_group = weight.block().1;
-    let Some(scheme) = layer.activation() else {
+    let integers = layer.activation().filter(|scheme| *scheme != ActivationScheme::BF16);
+    let Some(scheme) = integers else {
         return match features {
             false => Ok(weight_group),
-            true => refuse("outlier features beside f32 activations".to_string()),
+            true => refuse("outlier features beside f32 or bfloat16 activations".to_string()),
         };
     };
     scheme.check()?;

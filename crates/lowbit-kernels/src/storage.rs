@@ -16,6 +16,7 @@ use crate::tile::Isa;
 /// | `Nibbles` | 4 | 1 | 2 | |
 /// | `Bits3` | 3 | 3 | 8 | two words of the lower two bits, one of upper bits |
 /// | `Crumbs` | 1, 2 | 1 | 4 | |
+/// | `Pairs` | 16 | 2 | 1 | bfloat16 numbers, two to a word; only what [`bf16::widen`](crate::bf16::widen) writes |
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Storage {
     Bytes,
@@ -24,6 +25,7 @@ pub(crate) enum Storage {
     Nibbles,
     Bits3,
     Crumbs,
+    Pairs,
 }
 
 /// A field of a code: word and quad's place in its bytes, and the lowest bit and number of bits of the
@@ -36,6 +38,7 @@ struct Field {
 }
 
 impl Storage {
+    /// Those of packed weights.
     pub(crate) const ALL: [Self; 6] =
         [Self::Bytes, Self::Bits6, Self::Bits5, Self::Nibbles, Self::Bits3, Self::Crumbs];
 
@@ -60,6 +63,7 @@ impl Storage {
             Self::Nibbles => 4,
             Self::Bits3 => 3,
             Self::Crumbs => 2,
+            Self::Pairs => 16,
         }
     }
 
@@ -67,6 +71,7 @@ impl Storage {
     pub(crate) const fn words(self) -> usize {
         match self {
             Self::Bytes | Self::Nibbles | Self::Crumbs => 1,
+            Self::Pairs => 2,
             Self::Bits6 | Self::Bits3 => 3,
             Self::Bits5 => 5,
         }
@@ -75,7 +80,7 @@ impl Storage {
     /// Quads of input features of a step.
     pub(crate) const fn quads(self) -> usize {
         match self {
-            Self::Bytes => 1,
+            Self::Bytes | Self::Pairs => 1,
             Self::Nibbles => 2,
             Self::Bits6 | Self::Crumbs => 4,
             Self::Bits5 | Self::Bits3 => 8,
@@ -107,6 +112,7 @@ impl Storage {
             Self::Nibbles => [field(0, 4 * quad, 0, 4), None],
             Self::Bits3 => [field(quad / 4, 2 * (quad % 4), 0, 2), field(2, quad, 2, 1)],
             Self::Crumbs => [field(0, 2 * quad, 0, 2), None],
+            Self::Pairs => [None, None], // no codes
         };
         fields.into_iter().flatten()
     }

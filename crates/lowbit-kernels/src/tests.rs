@@ -55,8 +55,8 @@ impl Problem {
 /// activations, within the computed bound with f32.
 fn check(layer: QLinear, x: Mat<f32>) {
     let promise = match layer.activation() {
+        None | Some(ActivationScheme::BF16) => Promise::Rounding,
         Some(_) => Promise::Bits,
-        None => Promise::Rounding,
     };
     let pool = Arc::new(rayon::ThreadPoolBuilder::new().num_threads(2).build().unwrap());
     let problem = LinearProblem::new(layer, x).unwrap();
@@ -117,6 +117,7 @@ fn activation(scheme: QuantScheme, k: usize) -> impl Strategy<Value = Option<Act
     });
     prop_oneof![
         3 => Just(None),
+        3 => Just(Some(ActivationScheme::BF16)),
         2 => Just(int8(PerToken)),
         1 => Just(int8(PerTensor)),
         1 => Just(int8(Static { scale: 0.0002, zero_point: 0 })),
@@ -128,7 +129,8 @@ fn activation(scheme: QuantScheme, k: usize) -> impl Strategy<Value = Option<Act
     ]
     .prop_map(move |scheme: Option<ActivationScheme>| {
         let known = |scheme: &ActivationScheme| {
-            integer_levels && !(real_zeros && crate::packed::has_zeros_or_groups(*scheme))
+            *scheme == ActivationScheme::BF16
+                || integer_levels && !(real_zeros && crate::packed::has_zeros_or_groups(*scheme))
         };
         scheme.filter(known)
     })

@@ -115,7 +115,7 @@ pub(crate) trait Isa<const L: usize>: Copy {
 pub(crate) const AHEAD: usize = 2048;
 
 /// The codes of a step: words of a panel's rows, in `H` parts of `NV` vectors.
-type Step<const W: usize, const H: usize, const NV: usize, const L: usize> =
+pub(crate) type Step<const W: usize, const H: usize, const NV: usize, const L: usize> =
     [[[[[u8; 4]; L]; NV]; H]; W];
 
 /// What the codes of [`int8_rows`] are, known to the compiler.
@@ -180,6 +180,7 @@ pub(crate) fn int8<
             Storage::Nibbles => tiles!(Nibbles, 1, 2, SCALED, R2, R3),
             Storage::Bits3 => tiles!(Bits3, 3, 8, SCALED, R3),
             Storage::Crumbs => tiles!(Crumbs, 1, 4, SCALED, R3),
+            Storage::Pairs => {}
         }
         return;
     }
@@ -205,7 +206,7 @@ pub(crate) fn int8<
         (Storage::Crumbs, Meaning::Table(_)) => tiles!(Crumbs, 1, 4, TWO_TABLES,),
         (Storage::Crumbs, _) => tiles!(Crumbs, 1, 4, SMALL, R3),
         // Packing makes none of these.
-        (Storage::Bytes, Meaning::Table(_) | Meaning::Float(_)) => {}
+        (Storage::Pairs, _) | (Storage::Bytes, Meaning::Table(_) | Meaning::Float(_)) => {}
     };
 }
 
@@ -485,17 +486,18 @@ pub(crate) fn f32<
         (Storage::Nibbles, _) => tiles!(Nibbles, 1, 2, Integer,),
         (Storage::Bits3, _) => tiles!(Bits3, 3, 8, Integer,),
         (Storage::Crumbs, _) => tiles!(Crumbs, 1, 4, Integer,),
+        (Storage::Pairs, _) => {} // as for int8
     };
 }
 
 /// How the byte of a code becomes a number.
-trait Decode<V: Isa<L>, const L: usize>: Copy {
+pub(crate) trait Decode<V: Isa<L>, const L: usize>: Copy {
     /// The level of the code in byte `SHIFT / 8` of every lane.
     fn decode<const SHIFT: u32>(self, isa: V, codes: V::I32) -> V::F32;
 }
 
 #[derive(Clone, Copy)]
-struct Integer;
+pub(crate) struct Integer;
 
 impl<V: Isa<L>, const L: usize> Decode<V, L> for Integer {
     #[inline(always)]
@@ -660,7 +662,7 @@ pub(crate) fn widen<V: Isa<L>, const PANEL: usize, const L: usize>(
     to: &mut [u8],
 ) {
     match panel.storage {
-        Storage::Bytes => {}
+        Storage::Bytes | Storage::Pairs => {}
         Storage::Bits6 => widen_codes::<V, Bits6, 3, 4, PANEL, L>(isa, panel, look_up, to),
         Storage::Bits5 => widen_codes::<V, Bits5, 5, 8, PANEL, L>(isa, panel, look_up, to),
         Storage::Nibbles => widen_codes::<V, Nibbles, 1, 2, PANEL, L>(isa, panel, look_up, to),
@@ -765,7 +767,7 @@ pub(crate) fn peak<V: Isa<L>, const L: usize>(isa: V, peak: Peak, rounds: u64) -
 
 /// Stores the `h`th part of a panel.
 #[inline(always)]
-fn store<V: Isa<L>, const R: usize, const NV: usize, const L: usize>(
+pub(crate) fn store<V: Isa<L>, const R: usize, const NV: usize, const L: usize>(
     isa: V,
     h: usize,
     total: &[[V::F32; NV]; R],

@@ -28,10 +28,12 @@
 
 use alloc::{format, vec, vec::Vec};
 
+use lowbit_dtypes::bf16;
+
 use crate::{
-    ActivationScheme, Division, Error, Fit, Mat, MatRef, QActivations, QLinear, QuantScheme,
-    QuantType, Range, Result, Rounding, ScaleFormat, SymmetricScale, ZeroFormat, fit::F16_ZERO,
-    range,
+    ActivationScheme, ActivationType, Division, Error, Fit, Mat, MatRef, QActivations, QLinear,
+    QuantScheme, QuantType, Range, Result, Rounding, ScaleFormat, SymmetricScale, ZeroFormat,
+    fit::F16_ZERO, range,
 };
 
 /// Half the distance from 1 to the next f32.
@@ -106,6 +108,9 @@ pub fn product(x: MatRef<'_, f32>, w: MatRef<'_, f32>) -> Result<Mat<f64>> {
 /// rounding (3k additions), three roundings on the way from a code to a weight, two for scales, and what
 /// the reference rounds itself.
 ///
+/// Beside bfloat16 activations, levels of a table may be rounded to bfloat16, which adds `2^−8` times the
+/// sum, and numbers below 2^−126 may count as 0.
+///
 /// # Errors
 /// [`Error::Shape`] if `x` has not in_features columns, and those of [`QActivations::quantize`].
 pub fn linear(layer: &QLinear, x: MatRef<'_, f32>) -> Result<Mat<f64>> {
@@ -117,7 +122,7 @@ pub fn linear(layer: &QLinear, x: MatRef<'_, f32>) -> Result<Mat<f64>> {
                 let x = x.get(r, c).map_or(0.0, |&x| f64::from(x).abs());
                 Size { code: x, real: x }
             });
-            Ok(sizes.linear(layer, &x))
+            Ok(sizes.linear(layer, &x, Rest::F32))
         }
         Some(scheme) => {
             let a = QActivations::quantize(x, scheme)?;
@@ -129,8 +134,34 @@ pub fn linear(layer: &QLinear, x: MatRef<'_, f32>) -> Result<Mat<f64>> {
                 let code = f64::from(back.data()[r * x.cols() + c]).abs() / scale + 2.0 * zero;
                 Size { code, real: code * scale }
             });
-            Ok(sizes.linear(layer, &x))
+            let rest = match scheme.dtype {
+                ActivationType::Bf16 => Rest::bf16(layer.weight().scheme().dtype),
+                _ => Rest::F32,
+            };
+            Ok(sizes.linear(layer, &x, rest))
         }
+    }
+}
+
+/// What arithmetic loses beside rounding sums.
+#[derive(Clone, Copy)]
+struct Rest {
+    /// Of each product, relative.
+    levels: f64,
+    /// Below this a number may become 0.
+    tiny: f64,
+}
+
+impl Rest {
+    const F32: Self = Self { levels: 0.0, tiny: TINY };
+
+    fn bf16(dtype: QuantType) -> Self {
+        let exact = (0..=dtype.max_code()).all(|code| {
+            let level = dtype.level(code);
+            level.is_nan() || bf16::from_f32(level).to_f32() == level
+        });
+        let levels = if exact { 0.0 } else { 1.0 / 256.0 };
+        Self { levels, tiny: f64::from(f32::MIN_POSITIVE) }
     }
 }
 
@@ -163,7 +194,7 @@ pub fn int8_activations(layer: &QLinear, x: MatRef<'_, f32>) -> Result<Mat<f64>>
         let x = x.get(r, c).map_or(0.0, |&x| f64::from(x).abs()) + e[r];
         Size { code: x.max(127.0), real: x }
     });
-    let rounding = sizes.linear(layer, &larger);
+    let rounding = sizes.linear(layer, &larger, Rest::F32);
     let w = layer.weight().dequantize();
     Ok(Mat::from_fn(x.rows(), layer.weight().rows(), |r, i| {
         let w: f64 = w.data()[i * k..][..k].iter().map(|&w| f64::from(w).abs()).sum();
@@ -201,7 +232,7 @@ impl Sizes {
     }
 
     /// [`linear`] for inputs of these sizes.
-    fn linear(&self, layer: &QLinear, x: &Mat<Size>) -> Mat<f64> {
+    fn linear(&self, layer: &QLinear, x: &Mat<Size>, rest: Rest) -> Mat<f64> {
         let (n, k) = (self.0.rows(), self.0.cols());
         let gamma = gamma(k.saturating_mul(3).saturating_add(10));
         Mat::from_fn(x.rows(), n, |r, i| {
@@ -212,9 +243,9 @@ impl Sizes {
                 // Scales may come in at any time: the sums are as large with or without them.
                 largest += w.code.max(w.real) * x.code.max(x.real);
                 // Any product of some of the factors may be subnormal, and the rest then multiplied.
-                lost += TINY * (1.0 + w.code + w.real) * (1.0 + x.code + x.real);
+                lost += rest.tiny * (1.0 + w.code + w.real) * (1.0 + x.code + x.real);
             }
-            checked(gamma * sum + lost, largest)
+            checked((gamma + rest.levels) * sum + lost, largest)
         })
     }
 }

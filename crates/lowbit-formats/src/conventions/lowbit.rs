@@ -488,6 +488,7 @@ fn activation(json: Json<'_>) -> Result<ActivationScheme> {
         "int8" => ActivationType::Int8,
         "uint8" => ActivationType::UInt8,
         "int16" => ActivationType::Int16,
+        "bf16" => ActivationType::Bf16,
         "float" => ActivationType::Float(float(kind.get("float")?)?),
         other => return Err(kind.error(&format!("unknown kind {other:?}"))),
     };
@@ -515,6 +516,7 @@ fn write_activation(writer: Writer<'_>, scheme: ActivationScheme) -> Result<Valu
         ActivationType::Int8 => "int8".into(),
         ActivationType::UInt8 => "uint8".into(),
         ActivationType::Int16 => "int16".into(),
+        ActivationType::Bf16 => "bf16".into(),
         ActivationType::Float(format) => json!({"float": write_float(format)}),
         other => return Err(writer.unsupported(format!("activations of {other:?}"))),
     };

@@ -24,7 +24,7 @@ use std::sync::OnceLock;
 
 use super::{
     Kernel,
-    avx512_vnni::{self, Avx512Vnni},
+    avx512_vnni::{self, Avx512},
 };
 use crate::{
     panel::{NR, Panel},
@@ -35,7 +35,7 @@ use crate::{
 
 pub(super) const KERNEL: Kernel = Kernel {
     name: "amx_int8",
-    is_available: || (avx512_vnni::KERNEL.is_available)() && has_tiles(),
+    is_available: || (avx512_vnni::BF16.is_available)() && has_tiles(),
     rows: MR,
     direct_rows: 7,
     task_rows: 256, // 1 MiB at 4096 features
@@ -43,6 +43,7 @@ pub(super) const KERNEL: Kernel = Kernel {
     int8,
     f32: avx512_vnni::f32,
     widen: avx512_vnni::widen,
+    bf16: avx512_vnni::BF16.bf16,
     peak,
 };
 
@@ -125,7 +126,7 @@ fn int8(panel: &Panel<'_>, rows: &[Int8Row<'_>], out: &mut [[f32; NR]]) {
     let Some(a) = Activations::new(rows).filter(|a| a.rows >= MIN_ROWS && bytes) else {
         return avx512_vnni::int8(panel, rows, out);
     };
-    let isa = Avx512Vnni::new();
+    let isa = Avx512::<false>::new();
     // SAFETY: whoever calls a kernel knows that it is available.
     let mut tiles = unsafe { Tiles::new(panel.next, a.width.div_ceil(4 * TILE)) };
     let mut dots = Dots([[0; NR]; MR]);

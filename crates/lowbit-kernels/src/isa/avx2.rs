@@ -19,6 +19,7 @@ pub(super) const AVX_VNNI: Kernel = Kernel {
     int8: int8_vnni,
     f32,
     widen,
+    bf16: None,
     peak: peak_vnni,
 };
 
@@ -32,6 +33,7 @@ pub(super) const AVX2: Kernel = Kernel {
     int8,
     f32,
     widen,
+    bf16: None,
     peak,
 };
 

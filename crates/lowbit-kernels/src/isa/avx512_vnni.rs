@@ -1,9 +1,10 @@
 //! AVX-512 with VNNI: 512-bit vectors, sixteen output features each.
 
-use core::arch::x86_64::*;
+use core::{arch::x86_64::*, mem::transmute};
 
-use super::Kernel;
+use super::{Bf16Kernel, Kernel};
 use crate::{
+    bf16::{self, Bf16},
     panel::{NR, Panel},
     roofline::Peak,
     tile::{self, Int8Row, Isa},
@@ -23,33 +24,52 @@ pub(super) const KERNEL: Kernel = Kernel {
     int8,
     f32,
     widen,
+    bf16: None,
     peak,
+};
+
+/// The same, and bfloat16.
+pub(super) const BF16: Kernel = Kernel {
+    name: "avx512_bf16",
+    is_available: || (KERNEL.is_available)() && is_x86_feature_detected!("avx512bf16"),
+    bf16: Some(Bf16Kernel { product: bf16_product, widen: bf16_widen }),
+    ..KERNEL
 };
 
 #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
 pub(super) fn int8(panel: &Panel<'_>, rows: &[Int8Row<'_>], out: &mut [[f32; NR]]) {
-    tile::int8::<_, 12, 8, 4, 6, 1, 2, 1, 2, 16>(Avx512Vnni::new(), panel, rows, out);
+    tile::int8::<_, 12, 8, 4, 6, 1, 2, 1, 2, 16>(Avx512::<false>::new(), panel, rows, out);
 }
 
 #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
 pub(super) fn f32(panel: &Panel<'_>, rows: &[&[f32]], out: &mut [[f32; NR]]) {
-    tile::f32::<_, 12, 4, 1, 2, 1, 2, 16>(Avx512Vnni::new(), panel, rows, out);
+    tile::f32::<_, 12, 4, 1, 2, 1, 2, 16>(Avx512::<false>::new(), panel, rows, out);
 }
 
 #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
 pub(super) fn widen(panel: &Panel<'_>, look_up: bool, to: &mut [u8]) {
-    tile::widen::<_, 2, 16>(Avx512Vnni::new(), panel, look_up, to);
+    tile::widen::<_, 2, 16>(Avx512::<false>::new(), panel, look_up, to);
+}
+
+#[target_feature(enable = "avx512f,avx512bw,avx512vnni,avx512bf16")]
+fn bf16_product(panel: &Panel<'_>, numbers: &[u16; 32], rows: &[&[i32]], out: &mut [[f32; NR]]) {
+    bf16::product::<_, 12, 4, 6, 2, 16>(Avx512::with_bf16(), panel, numbers, rows, out);
+}
+
+#[target_feature(enable = "avx512f,avx512bw,avx512vnni,avx512bf16")]
+fn bf16_widen(panel: &Panel<'_>, numbers: &[u16; 32], to: &mut [u8]) {
+    bf16::widen::<_, 2, 16>(Avx512::with_bf16(), panel, numbers, to);
 }
 
 #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
 pub(super) fn peak(peak: Peak, rounds: u64) -> f64 {
-    tile::peak(Avx512Vnni::new(), peak, rounds)
+    tile::peak(Avx512::<false>::new(), peak, rounds)
 }
 
 #[derive(Clone, Copy)]
-pub(super) struct Avx512Vnni(());
+pub(super) struct Avx512<const BF16: bool>(());
 
-impl Avx512Vnni {
+impl Avx512<false> {
     /// Safe to call only where the features are on, so that a value proves they are.
     #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
     pub(super) fn new() -> Self {
@@ -57,9 +77,17 @@ impl Avx512Vnni {
     }
 }
 
+impl Avx512<true> {
+    /// As [`new`](Avx512::new).
+    #[target_feature(enable = "avx512f,avx512bw,avx512vnni,avx512bf16")]
+    fn with_bf16() -> Self {
+        Self(())
+    }
+}
+
 // SAFETY (of every block below): `self` proves the features; loads and stores go through
 // references to arrays of exactly a vector's size.
-impl Isa<16> for Avx512Vnni {
+impl<const BF16: bool> Isa<16> for Avx512<BF16> {
     type I32 = __m512i;
     type F32 = __m512;
     type Levels = __m512;
@@ -276,5 +304,45 @@ impl Isa<16> for Avx512Vnni {
     fn mul_add(self, acc: __m512, a: __m512, b: __m512) -> __m512 {
         // SAFETY: see above.
         unsafe { _mm512_fmadd_ps(a, b, acc) }
+    }
+}
+
+impl Bf16<16> for Avx512<true> {
+    type Numbers = __m512i;
+
+    #[inline(always)]
+    fn numbers(self, numbers: &[u16; 32]) -> __m512i {
+        // SAFETY: see above.
+        unsafe { _mm512_loadu_si512(numbers.as_ptr().cast()) }
+    }
+
+    #[inline(always)]
+    fn choose(self, numbers: __m512i, codes: __m512i) -> [__m512i; 2] {
+        // SAFETY: see above.
+        unsafe {
+            // Two bytes of every lane become the low bytes of its halves.
+            let first = _mm512_broadcast_i32x4(_mm_setr_epi8(
+                0, -1, 1, -1, 4, -1, 5, -1, 8, -1, 9, -1, 12, -1, 13, -1,
+            ));
+            let last = _mm512_broadcast_i32x4(_mm_setr_epi8(
+                2, -1, 3, -1, 6, -1, 7, -1, 10, -1, 11, -1, 14, -1, 15, -1,
+            ));
+            [
+                _mm512_permutexvar_epi16(_mm512_shuffle_epi8(codes, first), numbers),
+                _mm512_permutexvar_epi16(_mm512_shuffle_epi8(codes, last), numbers),
+            ]
+        }
+    }
+
+    #[inline(always)]
+    fn bits(self, x: __m512) -> __m512i {
+        // SAFETY: see above.
+        unsafe { _mm512_castps_si512(x) }
+    }
+
+    #[inline(always)]
+    fn dot_bf16(self, acc: __m512, w: __m512i, x: __m512i) -> __m512 {
+        // SAFETY: see above; the vectors have the same size, and every bit pattern is a value.
+        unsafe { _mm512_dpbf16_ps(acc, transmute(w), transmute(x)) }
     }
 }

@@ -41,8 +41,37 @@ pub(crate) struct Kernel {
     f32: F32Tile,
     /// [`tile::widen`](crate::tile::widen)
     widen: unsafe fn(&Panel<'_>, bool, &mut [u8]),
+    /// Products in bfloat16, if the CPU has them; otherwise they are made in f32.
+    pub(crate) bf16: Option<Bf16Kernel>,
     /// [`tile::peak`](crate::tile::peak)
     peak: unsafe fn(Peak, u64) -> f64,
+}
+
+/// As the functions of [`Kernel`].
+#[derive(Clone, Copy)]
+pub(crate) struct Bf16Kernel {
+    /// [`bf16::product`](crate::bf16::product)
+    product: unsafe fn(&Panel<'_>, &[u16; 32], &[&[i32]], &mut [[f32; NR]]),
+    /// [`bf16::widen`](crate::bf16::widen)
+    widen: unsafe fn(&Panel<'_>, &[u16; 32], &mut [u8]),
+}
+
+impl Bf16Kernel {
+    pub(crate) fn product(
+        &self,
+        panel: &Panel<'_>,
+        numbers: &[u16; 32],
+        rows: &[&[i32]],
+        out: &mut [[f32; NR]],
+    ) {
+        // SAFETY: `best` and `named` hand out available kernels only.
+        unsafe { (self.product)(panel, numbers, rows, out) }
+    }
+
+    pub(crate) fn widen(&self, panel: &Panel<'_>, numbers: &[u16; 32], to: &mut [u8]) {
+        // SAFETY: as above.
+        unsafe { (self.widen)(panel, numbers, to) }
+    }
 }
 
 type Int8Tile = unsafe fn(&Panel<'_>, &[Int8Row<'_>], &mut [[f32; NR]]);
@@ -52,6 +81,8 @@ type F32Tile = unsafe fn(&Panel<'_>, &[&[f32]], &mut [[f32; NR]]);
 const KERNELS: &[Kernel] = &[
     #[cfg(target_arch = "x86_64")]
     amx::KERNEL,
+    #[cfg(target_arch = "x86_64")]
+    avx512_vnni::BF16,
     #[cfg(target_arch = "x86_64")]
     avx512_vnni::KERNEL,
     #[cfg(target_arch = "x86_64")]

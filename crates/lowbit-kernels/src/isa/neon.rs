@@ -20,6 +20,7 @@ pub(super) const I8MM: Kernel = Kernel {
     int8: int8_i8mm,
     f32,
     widen,
+    bf16: None,
     peak: peak_i8mm,
 };
 
@@ -33,6 +34,7 @@ pub(super) const DOTPROD: Kernel = Kernel {
     int8: int8_dotprod,
     f32,
     widen,
+    bf16: None,
     peak: peak_dotprod,
 };
 
@@ -46,6 +48,7 @@ pub(super) const NEON: Kernel = Kernel {
     int8,
     f32,
     widen,
+    bf16: None,
     peak,
 };
 

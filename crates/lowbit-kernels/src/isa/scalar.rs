@@ -12,6 +12,7 @@ pub(super) const KERNEL: Kernel = Kernel {
     keeps_rows: false,
     int8: |panel, rows, out| tile::int8::<_, 1, 1, 1, 1, 4, 1, 4, 1, 8>(Scalar, panel, rows, out),
     widen: |panel, look_up, to| tile::widen::<_, 4, 8>(Scalar, panel, look_up, to),
+    bf16: None,
     peak: |peak, rounds| tile::peak(Scalar, peak, rounds),
     f32: |panel, rows, out| tile::f32::<_, 1, 1, 4, 1, 4, 1, 8>(Scalar, panel, rows, out),
 };
