@@ -22,7 +22,7 @@ pub(crate) struct Scheme {
 pub(crate) const HELP: &str = "\
 int1 to int8, nf4, af4, fp4, iq4nl, fp8, fp8e5m2, mxfp4, mxfp8 or nvfp4. Behind it, with hyphens between: \
 g128 or 128x128 for groups or blocks that share a scale (otherwise a row does), zp for zero-points, \
-f32, f16, bf16 or e8m0 for how scales are stored, is4 for scales that are integers of 4 bits, a8 for int8 activations. \
+f32, f16, bf16 or e8m0 for how scales are stored, is4 for scales that are integers of 4 bits, a8 for int8 and a16 for bfloat16 activations. \
 Or a method of `compare`";
 
 /// Names that stand for a method of any width.
@@ -220,6 +220,7 @@ fn rtn(name: &str) -> Result<(Rtn, Option<ActivationScheme>)> {
             "bf16" => scheme.scale_format = ScaleFormat::Bf16,
             "e8m0" => scheme.scale_format = ScaleFormat::E8m0,
             "a8" => activation = Some(ActivationScheme::INT8_PER_TOKEN),
+            "a16" => activation = Some(ActivationScheme::BF16),
             _ => match (part.strip_prefix("is"), part.strip_prefix('g'), part.split_once('x')) {
                 (Some(bits), ..) => {
                     let bits = number(bits)? as u8;
@@ -250,6 +251,7 @@ mod tests {
             ("int4-g128-zp", QuantScheme::affine(4, groups(128)), false),
             ("int5-g16-a8", QuantScheme::symmetric(5, groups(16)), true),
             ("mxfp4-a8", presets::mx(Format::F4E2M1).0, true),
+            ("mxfp4-a16", presets::mx(Format::F4E2M1).0, true),
             ("nf4-g64", presets::nf4(groups(64)).0, false),
             (
                 "int6-128x64-bf16",

@@ -151,13 +151,14 @@ macro_rules! with_codes {
 /// `out[row] = Σ_groups scale·Σ (level − zero)·x` for one panel and a few rows of words, each group
 /// padded with zeros to whole steps.
 ///
-/// Tiles have `R` rows by the `NV` vectors of a panel, then `R2`, then one; widened ones in short groups
-/// have `RG`. What is not widened is meant for a few rows.
+/// Tiles have `R` rows by the `NV` vectors of a panel, then `R3`, then one; in short groups `RG`, then
+/// `R3`. What is not widened is meant for a few rows: `R2`, then `R3`, then one.
 #[inline(always)]
 pub(crate) fn product<
     V: Bf16<L>,
     const R: usize,
     const R2: usize,
+    const R3: usize,
     const RG: usize,
     const NV: usize,
     const L: usize,
@@ -172,21 +173,21 @@ pub(crate) fn product<
     match panel.storage {
         Storage::Pairs if !short => {
             let (rows, out) = tiles::<V, _, 2, 1, R, NV, L>(isa, panel, Widened, rows, out);
-            let (rows, out) = tiles::<V, _, 2, 1, R2, NV, L>(isa, panel, Widened, rows, out);
+            let (rows, out) = tiles::<V, _, 2, 1, R3, NV, L>(isa, panel, Widened, rows, out);
             tiles::<V, _, 2, 1, 1, NV, L>(isa, panel, Widened, rows, out);
         }
         Storage::Pairs => {
             let (rows, out) = tiles::<V, _, 2, 1, RG, NV, L>(isa, panel, Widened, rows, out);
-            let (rows, out) = tiles::<V, _, 2, 1, R2, NV, L>(isa, panel, Widened, rows, out);
+            let (rows, out) = tiles::<V, _, 2, 1, R3, NV, L>(isa, panel, Widened, rows, out);
             tiles::<V, _, 2, 1, 1, NV, L>(isa, panel, Widened, rows, out);
         }
         _ => {
             macro_rules! few {
                 ($w:literal, $q:literal, $unpack:expr) => {{
-                    let unpack = $unpack;
-                    let (rows, out) =
-                        tiles::<V, _, $w, $q, R2, NV, L>(isa, panel, unpack, rows, out);
-                    tiles::<V, _, $w, $q, 1, NV, L>(isa, panel, unpack, rows, out);
+                    let u = $unpack;
+                    let (rows, out) = tiles::<V, _, $w, $q, R2, NV, L>(isa, panel, u, rows, out);
+                    let (rows, out) = tiles::<V, _, $w, $q, R3, NV, L>(isa, panel, u, rows, out);
+                    tiles::<V, _, $w, $q, 1, NV, L>(isa, panel, u, rows, out);
                 }};
             }
             with_codes!(isa, panel, numbers, few)
@@ -253,25 +254,29 @@ fn tile<
         let mut sums = [[isa.zero_f32(); NV]; R];
         // One output feature is one lane and adds from left to right, whatever R is.
         for s in 0..steps {
-            let mut words = [[isa.zero_i32(); W]; NV];
-            for w in 0..W {
-                for v in 0..NV {
-                    words[v][w] = isa.load_codes(&codes[s][w][0][v]);
-                    if R <= 8 {
-                        isa.prefetch(&codes[s][w][0][v]);
+            // All vectors side by side, or where the words of one fill the registers, one by one.
+            let (turns, vectors) = if Q > 2 { (NV, 1) } else { (1, NV) };
+            for turn in 0..turns {
+                let mut quads = [[[isa.zero_i32(); 2]; Q]; NV];
+                for i in 0..vectors {
+                    let v = turn * vectors + i;
+                    let mut words = [isa.zero_i32(); W];
+                    for w in 0..W {
+                        words[w] = isa.load_codes(&codes[s][w][0][v]);
+                        if R <= 8 {
+                            isa.prefetch(&codes[s][w][0][v]);
+                        }
                     }
+                    quads[i] = unpack.unpack(isa, words, zero[v]);
                 }
-            }
-            let mut quads = [[[isa.zero_i32(); 2]; Q]; NV];
-            for v in 0..NV {
-                quads[v] = unpack.unpack(isa, words[v], zero[v]);
-            }
-            for q in 0..Q {
-                for half in 0..2 {
-                    for r in 0..R {
-                        let x = isa.splat_i32(x[r][s][q][half]);
-                        for v in 0..NV {
-                            sums[r][v] = isa.dot_bf16(sums[r][v], quads[v][q][half], x);
+                for q in 0..Q {
+                    for half in 0..2 {
+                        for r in 0..R {
+                            let x = isa.splat_i32(x[r][s][q][half]);
+                            for i in 0..vectors {
+                                let sum = &mut sums[r][turn * vectors + i];
+                                *sum = isa.dot_bf16(*sum, quads[i][q][half], x);
+                            }
                         }
                     }
                 }

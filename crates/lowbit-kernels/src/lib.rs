@@ -6,7 +6,7 @@
 //!
 //! [`PackedLinear`] computes what [`QLinear`](lowbit_core::QLinear) means. Layers with int8 or uint8
 //! activations give the reference's bits on every kernel, thread count and batch size; layers with
-//! f32 activations stay within a computed bound of it, with the same bits for every thread count
+//! f32 or bfloat16 activations stay within a computed bound of it, with the same bits for every thread count
 //! and for the same row in any batch.
 //!
 //! # Example

@@ -399,7 +399,7 @@ impl PackedLinear {
         let two_tables = matches!(&self.meaning, Meaning::Table(table) if table.high.is_some());
         let few = match (self.compute(), self.storage) {
             (Compute::Bf16(_), Storage::Nibbles | Storage::Bits3 | Storage::Crumbs) => 16,
-            (Compute::Bf16(_), _) => 3,
+            (Compute::Bf16(_), _) => 8,
             (_, Storage::Bytes) => usize::MAX,
             (Compute::F32, _) => 1,
             // Tables of two bytes stay one code.

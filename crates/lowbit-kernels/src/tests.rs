@@ -597,8 +597,16 @@ fn no_intermediate_saturates() {
 
 #[test]
 fn a_row_has_the_same_bits_in_every_batch() {
-    for activation in [None, Some(ActivationScheme::INT8_PER_TOKEN)] {
-        let scheme = QuantScheme::affine(4, Granularity::PerGroup(24));
+    let affine = QuantScheme::affine(4, Granularity::PerGroup(24));
+    let int8 = Some(ActivationScheme::INT8_PER_TOKEN);
+    let integer_scales = ScaleFormat::TwoLevel(TwoLevel::integer(3));
+    for (scheme, activation) in [
+        (affine, None),
+        (affine, int8),
+        (QuantScheme { scale_format: integer_scales, ..affine }, int8),
+        (affine, Some(ActivationScheme::BF16)),
+        (presets::fp8(Format::F8E4M3, Granularity::PerChannel).0, Some(ActivationScheme::BF16)),
+    ] {
         let problem = Problem {
             m: 71,
             n: 50,

@@ -45,6 +45,8 @@ pub(super) struct Options {
 enum Compute {
     /// f32
     F32,
+    /// bfloat16, rounded on the way in
+    Bf16,
     /// int8 with a scale for each row, quantized on the way in
     Int8,
 }
@@ -80,6 +82,7 @@ pub(super) fn run(options: &Options) -> Result<()> {
     let scheme = match options.compute {
         None => scheme,
         Some(Compute::F32) => scheme.with_activation(None),
+        Some(Compute::Bf16) => scheme.with_activation(Some(ActivationScheme::BF16)),
         Some(Compute::Int8) => scheme.with_activation(Some(ActivationScheme::INT8_PER_TOKEN)),
     };
     // An unknown kernel, or a scheme that it does not know, is an error before anything long begins.

@@ -53,7 +53,7 @@ pub(super) fn widen(panel: &Panel<'_>, look_up: bool, to: &mut [u8]) {
 
 #[target_feature(enable = "avx512f,avx512bw,avx512vnni,avx512bf16")]
 fn bf16_product(panel: &Panel<'_>, numbers: &[u16; 32], rows: &[&[i32]], out: &mut [[f32; NR]]) {
-    bf16::product::<_, 12, 4, 6, 2, 16>(Avx512::with_bf16(), panel, numbers, rows, out);
+    bf16::product::<_, 12, 8, 4, 6, 2, 16>(Avx512::with_bf16(), panel, numbers, rows, out);
 }
 
 #[target_feature(enable = "avx512f,avx512bw,avx512vnni,avx512bf16")]
