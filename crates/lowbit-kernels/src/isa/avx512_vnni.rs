@@ -343,6 +343,9 @@ impl Bf16<16> for Avx512<true> {
     #[inline(always)]
     fn dot_bf16(self, acc: __m512, w: __m512i, x: __m512i) -> __m512 {
         // SAFETY: see above; the vectors have the same size, and every bit pattern is a value.
-        unsafe { _mm512_dpbf16_ps(acc, transmute(w), transmute(x)) }
+        unsafe {
+            let (w, x) = (transmute::<__m512i, __m512bh>(w), transmute::<__m512i, __m512bh>(x));
+            _mm512_dpbf16_ps(acc, w, x)
+        }
     }
 }

@@ -51,7 +51,7 @@ pub(crate) struct Kernel {
 #[derive(Clone, Copy)]
 pub(crate) struct Bf16Kernel {
     /// [`bf16::product`](crate::bf16::product)
-    product: unsafe fn(&Panel<'_>, &[u16; 32], &[&[i32]], &mut [[f32; NR]]),
+    product: Bf16Tile,
     /// [`bf16::widen`](crate::bf16::widen)
     widen: unsafe fn(&Panel<'_>, &[u16; 32], &mut [u8]),
 }
@@ -74,6 +74,7 @@ impl Bf16Kernel {
     }
 }
 
+type Bf16Tile = unsafe fn(&Panel<'_>, &[u16; 32], &[&[i32]], &mut [[f32; NR]]);
 type Int8Tile = unsafe fn(&Panel<'_>, &[Int8Row<'_>], &mut [[f32; NR]]);
 type F32Tile = unsafe fn(&Panel<'_>, &[&[f32]], &mut [[f32; NR]]);
 
