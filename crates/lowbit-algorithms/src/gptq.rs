@@ -62,6 +62,9 @@ pub struct Gptq {
     pub fit: Fit,
     /// What is added to the diagonal of H, as a share of its mean; the paper's is 0.01.
     pub damping: f64,
+    /// What is added to each element of the diagonal of H, as a share of itself: correlations of channels
+    /// count `1 / (1 + shrinkage)` times. The paper has none.
+    pub shrinkage: f64,
     /// The order in which columns are rounded.
     pub order: Order,
     /// Passes of coordinate descent on `tr(ΔW·H·ΔWᵀ)` over the codes afterwards.
@@ -96,6 +99,7 @@ impl Gptq {
             scheme,
             fit: Fit::NEAREST,
             damping: 0.01,
+            shrinkage: 0.0,
             order: Order::Given,
             sweeps: 0,
             refits: 0,
@@ -107,11 +111,26 @@ impl Gptq {
     /// All that lowers the loss of a model without a bit more: scales of the smallest weighted error, eight
     /// passes of coordinate descent, scales solved again in front of six of them, a target three quarters
     /// of the way towards the f32 model's output, and, since so much effort fits the calibration texts
-    /// closer than others, damping of 0.2.
+    /// closer than others, shrinkage of 0.2.
     pub const fn improved(scheme: QuantScheme) -> Self {
         let range = lowbit_core::Range::Search { grid: 100, candidates: 60, norm: 2.0 };
         let fit = Fit { range, ..Fit::NEAREST };
-        Self { fit, damping: 0.2, sweeps: 8, refits: 6, target_share: 0.75, ..Self::new(scheme) }
+        Self { fit, shrinkage: 0.2, sweeps: 8, refits: 6, target_share: 0.75, ..Self::new(scheme) }
+    }
+
+    /// As [`hessian`], with its options.
+    pub(crate) fn hessian<'a>(
+        &self,
+        w: MatRef<'_, f32>,
+        calibration: &'a Calibration,
+    ) -> Result<Option<Hessian<'a>>> {
+        check_parameter("shrinkage", self.shrinkage)?;
+        let act_order = self.order != Order::Given;
+        let mut hessian = hessian(w, calibration, self.damping, self.uncalibrated, act_order)?;
+        if let Some(hessian) = &mut hessian {
+            hessian.shrinkage = self.shrinkage;
+        }
+        Ok(hessian)
     }
 }
 
@@ -122,9 +141,9 @@ impl Quantizer for Gptq {
         calibration: &Calibration,
         ctx: &mut Context,
     ) -> Result<Quantized> {
-        let act_order = self.order != Order::Given;
-        let hessian = hessian(w, calibration, self.damping, self.uncalibrated, act_order)?;
-        let Some(hessian) = hessian else { return nearest(w, self.scheme, &self.fit) };
+        let Some(hessian) = self.hessian(w, calibration)? else {
+            return nearest(w, self.scheme, &self.fit);
+        };
         Solver { gptq: self, hessian: &hessian, outliers: None }.solve(w, ctx)
     }
 
@@ -292,8 +311,7 @@ impl Solver<'_> {
 
         if gptq.sweeps > 0 && k > 0 {
             bands.iter_mut().for_each(|band| band.reorder(&columns));
-            let added = hessian.added(damping);
-            let sweeps = Sweeps::new(self, &levels, &grid, added, ctx);
+            let sweeps = Sweeps::new(self, &levels, &grid, damping, ctx);
             for sweep in 0..gptq.sweeps {
                 if sweep < gptq.refits && grid.can_refit {
                     for_each(&mut bands, ctx, |bands| {
@@ -674,12 +692,12 @@ impl<'a> Sweeps<'a> {
         solver: &Solver<'_>,
         levels: &'a Levels,
         grid: &'a Grid,
-        added: f64,
+        damping: f64,
         ctx: &mut Context,
     ) -> Self {
         let k = solver.hessian.len();
-        let diagonal: Vec<_> =
-            (0..k).map(|c| solver.hessian.diagonal[solver.channel(c)] + added).collect();
+        let damped = solver.hessian.damped(damping);
+        let diagonal: Vec<_> = (0..k).map(|c| damped[solver.channel(c)]).collect();
         let blocks = map(blocks(k, grid.cols), ctx, |(start, end)| {
             Block::new(start, end, k, |i, c| {
                 if i == c {

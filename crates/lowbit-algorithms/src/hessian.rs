@@ -32,9 +32,11 @@ pub(crate) struct Hessian<'a> {
     /// By channel.
     pub(crate) diagonal: Vec<f64>,
     pub(crate) dead: Vec<bool>,
+    /// What each element of the diagonal is larger by in factors and sweeps, as a share of itself.
+    pub(crate) shrinkage: f64,
 }
 
-/// R of `H + damping·mean(diag H)·I = R·Rᵀ`.
+/// R of `H + shrinkage·diag H + damping·mean(diag H)·I = R·Rᵀ`.
 pub(crate) struct Factor {
     /// Column-major, lower triangle, with rows and columns reversed.
     r: Vec<f64>,
@@ -64,7 +66,7 @@ impl<'a> Hessian<'a> {
         if act_order {
             order.sort_by(|&a, &b| diagonal[b].total_cmp(&diagonal[a]));
         }
-        Ok(Self { triangle, scale, order, diagonal, dead })
+        Ok(Self { triangle, scale, order, diagonal, dead, shrinkage: 0.0 })
     }
 
     pub(crate) fn len(&self) -> usize {
@@ -86,9 +88,14 @@ impl<'a> Hessian<'a> {
         row_start(row).map_or(0.0, |start| self.triangle[start + col] * self.scale)
     }
 
-    /// What a share of damping adds to the diagonal.
-    pub(crate) fn added(&self, damping: f64) -> f64 {
-        damping * self.diagonal.iter().sum::<f64>() / self.len().max(1) as f64
+    /// The diagonal as it is factored, by channel. A dead channel has nothing to do with the others.
+    pub(crate) fn damped(&self, damping: f64) -> Vec<f64> {
+        let added = damping * self.diagonal.iter().sum::<f64>() / self.len().max(1) as f64;
+        let damped = |(&x, &dead): (&f64, &bool)| match dead {
+            true => x,
+            false => x * (1.0 + self.shrinkage) + added,
+        };
+        self.diagonal.iter().zip(&self.dead).map(damped).collect()
     }
 
     /// Factors with at least so much `damping`: ten times more each time it fails.
@@ -105,7 +112,7 @@ impl<'a> Hessian<'a> {
         let mut damping = damping;
         // With many times the mean on its diagonal any H has a factor.
         while damping < 1e9 {
-            let added = self.added(damping);
+            let damped = self.damped(damping);
             // The lower triangle, column-major, of H with rows and columns reversed.
             let columns = r.chunks_exact_mut(k.max(1)).enumerate().collect();
             map(columns, ctx, |(q, column)| {
@@ -113,8 +120,7 @@ impl<'a> Hessian<'a> {
                 for (r, x) in column.iter_mut().enumerate().skip(q) {
                     *x = self.at(self.order[k - 1 - r], channel);
                 }
-                // A dead channel has nothing to do with the others.
-                column[q] += if self.dead[channel] { 0.0 } else { added };
+                column[q] = damped[channel];
             });
             if cholesky(&mut r, k, ctx)? {
                 return Ok(Factor { r, k, damping });

@@ -24,7 +24,7 @@ use lowbit_core::{
 use crate::{
     Calibration, Gptq, Needs, Order, Plan, Quantized, Quantizer,
     feedback::{Band, LANES},
-    gptq::{Solver, check_parameter, hessian, nearest},
+    gptq::{Solver, check_parameter, nearest},
 };
 
 /// SpQR: GPTQ with weights kept beside the codes.
@@ -146,9 +146,9 @@ impl Quantizer for Spqr {
     ) -> Result<Quantized> {
         let gptq = &self.rounding;
         self.outliers.check()?;
-        let act_order = gptq.order != Order::Given;
-        let hessian = hessian(w, calibration, gptq.damping, gptq.uncalibrated, act_order)?;
-        let Some(hessian) = hessian else { return nearest(w, gptq.scheme, &gptq.fit) };
+        let Some(hessian) = gptq.hessian(w, calibration)? else {
+            return nearest(w, gptq.scheme, &gptq.fit);
+        };
         Solver { gptq, hessian: &hessian, outliers: Some(self.outliers) }.solve(w, ctx)
     }
 
