@@ -4,6 +4,7 @@ use std::{collections::BTreeSet, fs, path::PathBuf, sync::Arc};
 
 use lowbit::{
     ChannelScale, Context, Linear, Method, PackedLinear, QLinear, Quantizer, Recipe, SmoothQuant,
+    formats::{Safetensors, Tensor, TensorSource, write_safetensors},
 };
 use lowbit_lm::{
     Checkpoint, Error, Finished, Model, Protocol, Windows,
@@ -190,6 +191,46 @@ fn a_layer_without_calibration_is_an_error_that_names_it() {
     let Error::Layer { layer, cause } = error else { panic!("{error}") };
     assert_eq!(layer, bench.checkpoint.linear_names()[0]);
     assert_eq!(cause, lowbit::Error::Empty { what: "calibration" });
+}
+
+#[test]
+fn activations_that_are_not_finite_are_an_error_that_names_the_layer() {
+    let Some(mut bench) = Bench::embedded() else { return };
+    let folder = find("models/stories3m").unwrap();
+    let read = |file: &str| fs::read(folder.join(file)).unwrap();
+    // Values of block 1 that overflow: the first layer to see them is o.
+    let source = Safetensors::new("model", read("model.safetensors")).unwrap();
+    let tensors: Vec<_> = (source.names().into_iter())
+        .map(|name| {
+            let tensor = source.tensor(name).unwrap();
+            let mut elements = tensor.to_f32().unwrap();
+            if name == "model.layers.1.self_attn.v_proj.weight" {
+                elements.iter_mut().for_each(|w| *w = w.signum() * 3e38);
+            }
+            Tensor::f32(name, tensor.shape.to_vec(), &elements)
+        })
+        .collect();
+    let views: Vec<_> = tensors.iter().map(Tensor::view).collect();
+    let mut bytes = Vec::new();
+    write_safetensors(&mut bytes, &[], &views).unwrap();
+    let checkpoint =
+        Checkpoint::from_bytes("model", &read("config.json"), bytes, &read("tokenizer.json"));
+    bench.checkpoint = checkpoint.unwrap();
+    bench.model = Model::load(&bench.checkpoint).unwrap();
+    let result = quantize::quantize(
+        &bench.model,
+        &bench.checkpoint,
+        &Recipe::SMOOTHQUANT,
+        Some(&bench.calibration.first(100)),
+        Options::default(),
+        &mut bench.ctx,
+        pack,
+        |_| (),
+    );
+    let error = result.map(|_| ()).unwrap_err();
+    let Error::Layer { layer, cause } = error else { panic!("{error}") };
+    assert_eq!(layer, "model.layers.1.self_attn.o_proj");
+    assert!(matches!(cause, lowbit::Error::NotFinite { .. }), "{cause}");
 }
 
 #[test]
