@@ -1,8 +1,11 @@
-use alloc::vec::Vec;
+use alloc::{vec, vec::Vec};
 
 use lowbit_dtypes::{packed_len, unpack};
+use pulp::{Simd, WithSimd};
 
-use crate::{Error, Mat, MatMut, Params, QuantScheme, QuantType, Result, ScaleFormat, ZeroFormat};
+use crate::{
+    Error, Mat, MatMut, Params, QuantScheme, QuantType, Result, ScaleFormat, ZeroFormat, simd,
+};
 
 /// A quantized `(out_features, in_features)` weight matrix: bit-packed codes, scales and zeros.
 ///
@@ -143,20 +146,30 @@ impl<S: AsRef<[u8]>> QMatrix<S> {
         };
         let zeros = self.zeros().unwrap_or(&[]);
         let scale = read(self.scheme.scale_format, self.scales());
-        let mut params = Params { scale, ..Params::default() };
+        let (mut code, mut real) = (0, None);
         match self.scheme.zero {
-            ZeroFormat::None => {}
-            ZeroFormat::Midpoint => params.zero = f32::from(self.scheme.midpoint()),
+            ZeroFormat::None | ZeroFormat::Midpoint => {}
             ZeroFormat::Int => {
                 let bits = u32::from(self.scheme.dtype.bits());
-                let stride = packed_len(grid_cols, bits);
-                let row = zeros.get(block_row * stride..).unwrap_or(&[]);
-                params.zero = f32::from(field(row, bits, block_col));
+                let row = zeros.get(block_row * packed_len(grid_cols, bits)..).unwrap_or(&[]);
+                code = field(row, bits, block_col);
             }
-            ZeroFormat::Real(format) => params.zero = read(format, zeros),
-            ZeroFormat::Offset(format) => params.offset = read(format, zeros),
+            ZeroFormat::Real(format) | ZeroFormat::Offset(format) => {
+                real = Some(read(format, zeros));
+            }
         }
-        params
+        self.scheme.params(scale, code, real)
+    }
+
+    /// The integer zeros of a row of blocks, one a byte; left alone if there are none.
+    fn unpack_zeros(&self, block_row: usize, to: &mut [u8]) {
+        if let (ZeroFormat::Int, Some(zeros)) = (self.scheme.zero, self.zeros()) {
+            let bits = u32::from(self.scheme.dtype.bits());
+            let stride = packed_len(to.len(), bits);
+            let row = zeros.get(block_row * stride..).and_then(|zeros| zeros.get(..stride));
+            // Fails only if `S` no longer gives the bytes that `from_parts` has checked.
+            let _ = unpack(bits, row.unwrap_or(&[]), to);
+        }
     }
 
     /// The grid of scales as the matrix as which it is stored; `None` unless scales are
@@ -228,20 +241,65 @@ impl<S: AsRef<[u8]>> QMatrix<S> {
     /// The matrix that is computed with: [`Params::real`] of the level of every code.
     pub fn dequantize(&self) -> Mat<f32> {
         let mut w = Mat::zeros(self.rows, self.cols);
-        if w.data().is_empty() {
-            return w;
+        self.dequantize_all(w.as_mut());
+        w
+    }
+
+    /// [`dequantize`](Self::dequantize) into memory that is there already: several times as fast as into new
+    /// memory, which the system has to find and to clear.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] if `to` is of another shape; nothing has been written then.
+    ///
+    /// # Example
+    /// ```
+    /// use lowbit_core::{Granularity, Mat, QMatrix, QuantScheme};
+    ///
+    /// let w = Mat::from_fn(4, 64, |r, c| ((r * 64 + c) as f32).sin());
+    /// let q = QMatrix::quantize(w.as_ref(), QuantScheme::symmetric(4, Granularity::PerGroup(32)))?;
+    /// let mut buffer = Mat::zeros(4, 64);
+    /// q.dequantize_into(buffer.as_mut())?;
+    /// assert_eq!(buffer, q.dequantize());
+    /// assert!(q.dequantize_into(Mat::zeros(64, 4).as_mut()).is_err());
+    /// # Ok::<(), lowbit_core::Error>(())
+    /// ```
+    pub fn dequantize_into(&self, to: MatMut<'_, f32>) -> Result<()> {
+        let expected = (self.rows, self.cols);
+        if to.shape() != expected {
+            return Err(Error::Shape { what: "dequantized matrix", expected, got: to.shape() });
         }
-        let (block_rows, _) = self.block();
+        self.dequantize_all(to);
+        Ok(())
+    }
+
+    /// Dequantizes into a matrix of this shape.
+    fn dequantize_all(&self, mut to: MatMut<'_, f32>) {
+        if self.rows == 0 || self.cols == 0 {
+            return;
+        }
+        let ((block_rows, _), grid) = (self.block(), self.grid());
         let levels = self.levels();
-        let mut params = Vec::with_capacity(self.grid().1);
-        for (r, row) in w.as_mut().iter_rows_mut().enumerate() {
+        let scales = self.scheme.scale_format.read_all(self.scales(), grid);
+        let reals = match (self.scheme.zero, self.zeros()) {
+            (ZeroFormat::Real(format) | ZeroFormat::Offset(format), Some(zeros)) => {
+                format.read_all(zeros, grid)
+            }
+            _ => Vec::new(),
+        };
+        let mut zeros = vec![0; grid.1];
+        let mut params = vec![Params::default(); grid.1];
+        for (r, row) in to.iter_rows_mut().enumerate() {
             if r % block_rows == 0 {
-                params.clear();
-                params.extend((0..self.grid().1).map(|b| self.params(r / block_rows, b)));
+                let blocks = r / block_rows * grid.1..(r / block_rows + 1) * grid.1;
+                self.unpack_zeros(r / block_rows, &mut zeros);
+                let real = reals.get(blocks.clone()).unwrap_or(&[]);
+                let row_scales = scales.get(blocks).unwrap_or(&[]);
+                for (b, (params, &scale)) in params.iter_mut().zip(row_scales).enumerate() {
+                    *params = self.scheme.params(scale, zeros[b], real.get(b).copied());
+                }
             }
             self.dequantize_row(r, &levels, |b| params[b], row);
         }
-        w
     }
 
     /// Row `ids[i]` of [`dequantize`](Self::dequantize) in row `i` of `to`, in any order and as often as
@@ -302,11 +360,10 @@ impl<S: AsRef<[u8]>> QMatrix<S> {
         params: impl Fn(usize) -> Params,
         to: &mut [f32],
     ) {
-        /// Codes unpacked at a time; their fields are whole bytes, whatever their width.
-        const CHUNK: usize = 512;
+        /// Codes unpacked at a time, in the first cache with what they stand for; their fields are whole bytes,
+        /// whatever their width.
+        const CHUNK: usize = 4096;
         let bits = u32::from(self.scheme.dtype.bits());
-        let block_cols = self.block().1;
-        let is_int = matches!(self.scheme.dtype, QuantType::Int { .. });
         let packed = self.codes().get(r * packed_len(self.cols, bits)..).unwrap_or(&[]);
         let mut unpacked = [0_u8; CHUNK];
         for (i, to) in to.chunks_mut(CHUNK).enumerate() {
@@ -317,19 +374,8 @@ impl<S: AsRef<[u8]>> QMatrix<S> {
             if unpack(bits, bytes, codes).is_err() {
                 continue;
             }
-            let mut start = 0;
-            while start < codes.len() {
-                let col = i * CHUNK + start;
-                let end = codes.len().min(start + block_cols - col % block_cols);
-                let params = params(col / block_cols);
-                let block = to[start..end].iter_mut().zip(&codes[start..end]);
-                if is_int {
-                    block.for_each(|(w, &code)| *w = params.real(f32::from(code)));
-                } else {
-                    block.for_each(|(w, &code)| *w = params.real(levels[usize::from(code)]));
-                }
-                start = end;
-            }
+            let (dtype, block_cols, start) = (self.scheme.dtype, self.block().1, i * CHUNK);
+            simd::dispatch(Reals { dtype, codes, levels, block_cols, start, params: &params, to });
         }
     }
 
@@ -345,7 +391,70 @@ impl<S: AsRef<[u8]>> QMatrix<S> {
     }
 }
 
+/// What codes of a row stand for: levels first, then each block's [`Params::real`] of them.
+struct Reals<'a, P> {
+    dtype: QuantType,
+    codes: &'a [u8],
+    levels: &'a [f32; 256],
+    block_cols: usize,
+    /// The column of the first code.
+    start: usize,
+    params: &'a P,
+    to: &'a mut [f32],
+}
+
+impl<P: Fn(usize) -> Params> WithSimd for Reals<'_, P> {
+    type Output = ();
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, _: S) {
+        let Self { dtype, codes, levels, block_cols, start, params, to } = self;
+        match dtype {
+            QuantType::Int { .. } => {
+                for (w, &code) in to.iter_mut().zip(codes) {
+                    *w = f32::from(code);
+                }
+            }
+            _ => {
+                for (w, &code) in to.iter_mut().zip(codes) {
+                    *w = levels[usize::from(code)];
+                }
+            }
+        }
+        let mut done = 0;
+        while done < to.len() {
+            let col = start + done;
+            let end = to.len().min(done + block_cols - col % block_cols);
+            let params = params(col / block_cols);
+            // Whole vectors, of a length that the compiler knows.
+            let (vectors, rest) = to[done..end].as_chunks_mut::<16>();
+            for w in vectors {
+                for w in w {
+                    *w = params.real(*w);
+                }
+            }
+            for w in rest {
+                *w = params.real(*w);
+            }
+            done = end;
+        }
+    }
+}
+
 impl QuantScheme {
+    /// What a scale means beside the code of a zero, or a zero or offset of its own.
+    fn params(self, scale: f32, zero: u8, real: Option<f32>) -> Params {
+        let real = real.unwrap_or_default();
+        let (zero, offset) = match self.zero {
+            ZeroFormat::None => (0.0, 0.0),
+            ZeroFormat::Midpoint => (f32::from(self.midpoint()), 0.0),
+            ZeroFormat::Int => (f32::from(zero), 0.0),
+            ZeroFormat::Real(_) => (real, 0.0),
+            ZeroFormat::Offset(_) => (0.0, real),
+        };
+        Params { scale, zero, offset }
+    }
+
     /// [`QMatrix::bytes`] of a `rows × cols` matrix stored this way.
     ///
     /// # Errors
@@ -415,6 +524,56 @@ fn field(packed: &[u8], bits: u32, index: usize) -> u8 {
 mod tests {
     use super::*;
     use lowbit_dtypes::pack;
+
+    /// One number at a time, as the documentation of the type says.
+    fn plain(q: &QMatrix) -> Vec<u32> {
+        let all = (0..q.rows()).flat_map(|r| (0..q.cols()).map(move |c| (r, c)));
+        all.map(|(r, c)| q.real(r, c).to_bits()).collect()
+    }
+
+    #[test]
+    fn dequantized_in_vectors_is_the_same_as_one_by_one() {
+        use crate::{Granularity::*, TwoLevel, presets};
+        let scales = [
+            ScaleFormat::F32,
+            ScaleFormat::F16,
+            ScaleFormat::Bf16,
+            ScaleFormat::TwoLevel(TwoLevel::BILEVEL4),
+        ];
+        let mut schemes = Vec::new();
+        for bits in 1..=8 {
+            for granularity in
+                [PerTensor, PerChannel, PerColumn, PerGroup(16), PerGroup(40), PerBlock(3, 7)]
+            {
+                let symmetric = QuantScheme::symmetric(bits, granularity);
+                for scale_format in scales {
+                    schemes.push(QuantScheme { scale_format, ..symmetric });
+                    for zero in [
+                        ZeroFormat::Int,
+                        ZeroFormat::Real(scale_format),
+                        ZeroFormat::Offset(scale_format),
+                    ] {
+                        schemes.push(QuantScheme { scale_format, zero, ..symmetric });
+                    }
+                }
+            }
+        }
+        for granularity in [PerChannel, PerGroup(32)] {
+            schemes.push(presets::nf4(granularity).0);
+            schemes.push(presets::fp8(lowbit_dtypes::Format::F8E4M3, granularity).0);
+            schemes.push(QuantScheme::levels(QuantType::LLOYD_MAX8, granularity));
+        }
+        schemes.push(presets::mx(lowbit_dtypes::Format::F4E2M1).0);
+        schemes.push(presets::nvfp4().0);
+        for (rows, cols) in [(1, 1), (5, 33), (4, 700)] {
+            let w = Mat::from_fn(rows, cols, |r, c| ((r * cols + c) as f32 * 0.7).sin());
+            for &scheme in &schemes {
+                let q = QMatrix::quantize(w.as_ref(), scheme).unwrap();
+                let bits: Vec<_> = q.dequantize().data().iter().map(|x| x.to_bits()).collect();
+                assert_eq!(bits, plain(&q), "{rows} x {cols} {scheme:?}");
+            }
+        }
+    }
 
     #[test]
     fn a_single_field_is_what_unpacking_the_row_gives() {

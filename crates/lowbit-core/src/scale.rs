@@ -169,6 +169,23 @@ fn round_halves<H: SmallFloat + bytemuck::Pod>(
     }
 }
 
+/// `count` numbers of 16 bits; those behind the end are 0.
+fn read_halves<H: SmallFloat + bytemuck::Pod>(bytes: &[u8], count: usize) -> Vec<f32> {
+    const CHUNK: usize = 64;
+    let mut halves = [H::zeroed(); CHUNK];
+    let mut numbers = alloc::vec![0.0; count];
+    let (bytes, _) = bytes.as_chunks::<2>();
+    for (numbers, bytes) in numbers.chunks_mut(CHUNK).zip(bytes.chunks(CHUNK)) {
+        for (half, &bytes) in halves.iter_mut().zip(bytes) {
+            *half = bytemuck::cast(u16::from_le_bytes(bytes));
+        }
+        // Lengths differ only behind the end.
+        let len = numbers.len().min(bytes.len());
+        let _ = decode_slice(&halves[..len], &mut numbers[..len]);
+    }
+    numbers
+}
+
 /// 2^-127, the smallest number of E8M0.
 const E8M0_MIN: f32 = f32::from_bits(1 << 22);
 
@@ -322,7 +339,12 @@ impl ScaleFormat {
         if let Self::TwoLevel(two) = self {
             return two.open(bytes, grid).map_or_else(Vec::new, |q| q.dequantize().data().to_vec());
         }
-        (0..grid.0 * grid.1).map(|i| self.read(bytes, (1, 0), 0, i)).collect()
+        let count = grid.0 * grid.1;
+        match self {
+            Self::F16 => read_halves::<f16>(bytes, count),
+            Self::Bf16 => read_halves::<bf16>(bytes, count),
+            _ => (0..count).map(|i| self.read(bytes, (1, 0), 0, i)).collect(),
+        }
     }
 
     /// Rounds a grid of numbers to this format: what will be read, and its bytes. A number that is

@@ -175,9 +175,7 @@ impl Convention for Awq {
                 if !n.is_multiple_of(PER_WORD) {
                     return Err(writer.unsupported(format!("{n} outputs, only multiples of 8")));
                 }
-                let words = k.div_ceil(PER_WORD);
-                let codes = weight.codes().to_vec();
-                let codes = parts::restride(codes, n, k.div_ceil(2), 4 * words);
+                let (codes, words) = parts::words(weight.codes(), n, k.div_ceil(2));
                 let columns = parts::transposed::<4>(&codes, n, words);
                 let zeros = parts::transposed::<1>(&zeros, n, groups);
                 let mut qzeros = vec![0; zeros.len() / 2];
@@ -247,8 +245,9 @@ fn to_columns(from: &[u8], k: usize, words: usize) -> Vec<u8> {
             for (block, row) in block.iter_mut().zip(rows.chunks_exact(words)) {
                 *block = u32::from_le_bytes(row[word]);
             }
+            turn(&mut block);
             for (to, place) in to.as_chunks_mut().0.iter_mut().zip(PLACE) {
-                *to = gather(&block, 4 * place).to_le_bytes();
+                *to = block[place as usize].to_le_bytes();
             }
         }
     }
@@ -266,20 +265,24 @@ fn from_columns(from: &[u8], k: usize, words: usize) -> Vec<u8> {
             for (column, place) in columns.iter().zip(PLACE) {
                 block[place as usize] = u32::from_le_bytes(*column);
             }
-            for (i, row) in to.chunks_exact_mut(words * 4).enumerate() {
-                row[4 * word..][..4].copy_from_slice(&gather(&block, 4 * i as u32).to_le_bytes());
+            turn(&mut block);
+            for (block, row) in block.iter().zip(to.chunks_exact_mut(words * 4)) {
+                row[4 * word..][..4].copy_from_slice(&block.to_le_bytes());
             }
         }
     }
     to
 }
 
-/// The nibbles at bit `shift` of eight words.
+/// Exchanges nibble i of word j with nibble j of word i: first halves of words, then quarters, then nibbles.
 #[inline(always)]
-fn gather(words: &[u32; PER_WORD], shift: u32) -> u32 {
-    let mut all = 0;
-    for (i, word) in words.iter().enumerate() {
-        all |= (word >> shift & 15) << (4 * i);
+fn turn(words: &mut [u32; PER_WORD]) {
+    for (apart, low) in [(4, 0x0000_ffff), (2, 0x00ff_00ff), (1, 0x0f0f_0f0f)] {
+        for i in (0..PER_WORD).filter(|i| i & apart == 0) {
+            let shift = 4 * apart;
+            let (a, b) = (words[i], words[i + apart]);
+            words[i] = a & low | (b & low) << shift;
+            words[i + apart] = a >> shift & low | b & !low;
+        }
     }
-    all
 }

@@ -15,6 +15,8 @@
 //! Groups that act-order has scattered (an unsorted `g_idx`) become consecutive, behind a
 //! [`Transform::Permute`] of the input.
 
+use std::borrow::Cow;
+
 use lowbit_core::{QLinear, QMatrix, Transform, ZeroFormat};
 use lowbit_dtypes::packed_len;
 use serde_json::{Value, json};
@@ -179,18 +181,17 @@ impl Convention for Gptq {
         let width = u32::from(bits);
         let stride = packed_len(k, width);
 
-        let mut codes = weight.codes().to_vec();
+        let mut codes = Cow::Borrowed(weight.codes());
         let mut g_idx: Vec<i32> = (0..k).map(|j| (j / group_size) as i32).collect();
         if let Some(order) = &order {
             let mut inverse = vec![0; k];
             for (at, &place) in order.iter().enumerate() {
                 inverse[place] = at;
             }
-            parts::gather_columns(width, &mut codes, &inverse);
+            parts::gather_columns(width, codes.to_mut(), &inverse);
             g_idx = inverse.iter().map(|at| (at / group_size) as i32).collect();
         }
-        let words = stride.div_ceil(4);
-        let codes = parts::restride(codes, n, stride, 4 * words);
+        let (codes, words) = parts::words(&codes, n, stride);
         let qweight = parts::transposed::<4>(&codes, n, words);
 
         let max = weight.scheme().dtype.max_code();

@@ -1,5 +1,7 @@
 //! What the conventions have in common: looking tensors up, and turning matrices of fields over.
 
+use std::borrow::Cow;
+
 use lowbit_core::{Granularity, QLinear, QMatrix, QuantScheme, QuantType, ScaleFormat, ZeroFormat};
 use lowbit_dtypes::{pack, packed_len, unpack};
 
@@ -206,14 +208,27 @@ pub(super) fn integers(
     }
 }
 
-/// `to[c][r] = from[r][c]`, in squares that stay in the first cache.
+/// `to[c][r] = from[r][c]`, in squares by way of a small buffer: rows of a power of two are so far apart that
+/// few of them are in the cache together.
 pub(super) fn transpose<T: Copy>(from: &[T], rows: usize, cols: usize, to: &mut [T]) {
     const SIDE: usize = 16;
+    let Some(&any) = from.first() else { return };
+    let mut square = [[any; SIDE]; SIDE];
     for r0 in (0..rows).step_by(SIDE) {
         for c0 in (0..cols).step_by(SIDE) {
-            for c in c0..cols.min(c0 + SIDE) {
-                for r in r0..rows.min(r0 + SIDE) {
-                    to[c * rows + r] = from[r * cols + c];
+            let (height, width) = (SIDE.min(rows - r0), SIDE.min(cols - c0));
+            for r in 0..height {
+                let from = &from[(r0 + r) * cols + c0..][..width];
+                match from.first_chunk::<SIDE>() {
+                    Some(from) => (0..SIDE).for_each(|c| square[c][r] = from[c]),
+                    None => (0..width).for_each(|c| square[c][r] = from[c]),
+                }
+            }
+            for (c, from) in square.iter().enumerate().take(width) {
+                let to = &mut to[(c0 + c) * rows + r0..][..height];
+                match to.first_chunk_mut::<SIDE>() {
+                    Some(to) => *to = *from,
+                    None => to.copy_from_slice(&from[..height]),
                 }
             }
         }
@@ -258,6 +273,15 @@ pub(super) fn restride(from: Vec<u8>, rows: usize, from_stride: usize, stride: u
         }
     }
     to
+}
+
+/// Rows of `stride` bytes, padded to whole words; and the words of a row.
+pub(super) fn words(from: &[u8], rows: usize, stride: usize) -> (Cow<'_, [u8]>, usize) {
+    let words = stride.div_ceil(4);
+    match stride.is_multiple_of(4) {
+        true => (from.into(), words),
+        false => (restride(from.to_vec(), rows, stride, 4 * words).into(), words),
+    }
 }
 
 /// Unpacks rows of `cols` codes, each padded to whole bytes.
