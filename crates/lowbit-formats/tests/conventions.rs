@@ -106,6 +106,39 @@ fn scattered_groups_become_a_permutation_of_the_input() {
 }
 
 #[test]
+fn scattered_groups_of_compressed_tensors_do_so_too() {
+    for (bits, k) in [(4, 64), (3, 60)] {
+        let plain = layer(8, k, QuantScheme::affine(bits, Granularity::PerGroup(16)));
+        let ct = CompressedPacked::default();
+        let tensors = ct.write(&plain, "l").unwrap();
+        assert!(tensors.tensor("l.weight_g_idx").is_err());
+        // The input from last to first; the last group may be shorter.
+        let reversed = Transform::Permute((0..k as u32).rev().collect());
+        let permuted = plain.clone().with_transforms(vec![reversed]).unwrap();
+        let mut written = ct.write(&permuted, "l").unwrap();
+        let g_idx: Vec<u8> =
+            (0..k as i32).rev().flat_map(|column| (column / 16).to_le_bytes()).collect();
+        assert_eq!(written.tensor("l.weight_g_idx").unwrap().bytes, g_idx);
+        let actorder =
+            &ct.config(&permuted).unwrap()["config_groups"]["group_0"]["weights"]["actorder"];
+        assert_eq!(actorder, "group");
+        let reader = CompressedPacked { bits: Some(bits), group_size: Some(16) };
+        let read = reader.read(&written, "l").unwrap();
+        let weight = |layer: &QLinear| layer.effective_weight().unwrap();
+        assert_eq!(weight(&read), weight(&permuted));
+        // Unset.
+        let unset = written.iter_mut().find(|tensor| tensor.name == "l.weight_g_idx").unwrap();
+        unset.bytes.fill(0xff);
+        assert!(reader.read(&written, "l").unwrap().transforms().is_empty());
+        // Groups that are not all of one size are none.
+        let view = written.iter_mut().find(|tensor| tensor.name == "l.weight_g_idx").unwrap();
+        view.bytes.fill(0);
+        let error = reader.read(&written, "l").unwrap_err().to_string();
+        assert!(error.contains("weight_g_idx does not make 4 groups of one size"), "{error}");
+    }
+}
+
+#[test]
 fn the_version_of_symmetric_gptq_is_seen_not_believed() {
     for bits in [2, 3, 4, 8] {
         let layer = layer(64, 96, QuantScheme::symmetric(bits, Granularity::PerGroup(32)));
@@ -416,7 +449,7 @@ fn what_a_convention_cannot_hold_is_refused_by_name() {
         (&gemv, &odd, "63 inputs, only multiples of 8"),
         (&int8, &int4, "anything but 8 bits, symmetric, a scale per channel"),
         (&CompressedInt::default(), &int4, "anything but codes of 8 bits"),
-        (&CompressedPacked::default(), &hadamard, "a transform of the input"),
+        (&CompressedPacked::default(), &hadamard, "a transform of the input but a permutation"),
         (&Ggml, &odd, "rows of 63 in Q4_0, only multiples of 32"),
     ];
     for (convention, layer, expected) in all {

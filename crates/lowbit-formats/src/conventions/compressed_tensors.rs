@@ -6,13 +6,15 @@
 //! | | `weight_scale` | (n, groups) | |
 //! | | `weight_zero_point` | I32 (⌈n·bits/32⌉, groups) | packed along n; absent if symmetric |
 //! | | `weight_shape` | I64 (2) | n, k |
+//! | | `weight_g_idx` | I32 (k) | the group of each input feature (−1: unset), of activation order |
 //! | `int-quantized` | `weight` | I8 (n, k) | |
 //! | | `weight_scale` | (n, groups), (n), (1) or () | |
 //! | | `weight_zero_point` | I8, as the scale | absent if symmetric |
 //! | | `input_scale` | (1) | of static int8 activations |
 //!
 //! Codes and zeros are signed, −2^(bits−1) … 2^(bits−1) − 1; packed ones have 2^(bits−1) added, which
-//! makes them those of [`QMatrix`]. `w = scale · (code − zero)`.
+//! makes them those of [`QMatrix`]. `w = scale · (code − zero)`. Groups that activation order has scattered become
+//! consecutive, behind a permutation of the input.
 
 use lowbit_core::{
     ActivationScales, ActivationScheme, ActivationType, Granularity, QLinear, QMatrix, ZeroFormat,
@@ -119,14 +121,26 @@ impl Convention for CompressedPacked {
         };
         let (scales, scale_format, [_, groups]) = layer.scales("weight_scale")?;
         parts::expect_rows(&scales, n)?;
-        let group_size = parts::group_size(k, groups, self.group_size)
-            .ok_or_else(|| scales.error(format!("{groups} groups of one size are not {k}")))?;
-        if layer.find("weight_g_idx").is_some_and(|view| view.bytes.iter().any(|&b| b != 0xff)) {
-            return Err(packed.error("groups of activation order are not supported".into()));
-        }
+        let g_idx = layer.find("weight_g_idx").map(|view| {
+            parts::expect_shape(&view, &[k])?;
+            parts::groups_of(&view)
+        });
+        let (group_size, order) = match g_idx.transpose()?.flatten() {
+            Some(g_idx) => parts::order(&g_idx, groups).ok_or_else(|| {
+                scales.error(format!("weight_g_idx does not make {groups} groups of one size"))
+            })?,
+            None => {
+                let size = parts::group_size(k, groups, self.group_size);
+                let wrong = || scales.error(format!("{groups} groups of one size are not {k}"));
+                (size.ok_or_else(wrong)?, None)
+            }
+        };
         let width = u32::from(bits);
         let mut codes = parts::restride(packed.bytes.to_vec(), n, 4 * words, packed_len(k, width));
         parts::clear_padding(&mut codes, k, width);
+        if let Some(order) = &order {
+            parts::gather_columns(width, &mut codes, order);
+        }
         let zeros = match layer.has("weight_zero_point") {
             false => None,
             true => {
@@ -144,26 +158,34 @@ impl Convention for CompressedPacked {
         let scheme = parts::integers(bits, granularity, scale_format, zeros.as_deref());
         let zeros = zeros.map(|zeros| parts::pack_rows(width, &zeros, groups));
         let weight = QMatrix::from_parts(n, k, scheme, codes, scales.bytes.to_vec(), zeros);
-        layer.finish(weight, packed.file)
+        layer.permuted(layer.finish(weight, packed.file)?, order, packed.file)
     }
 
     fn write(&self, layer: &QLinear, name: &str) -> Result<Vec<Tensor>> {
         let writer = Writer { convention: self.name(), layer, name };
-        writer.plain(false, false)?;
+        writer.plain(true, false)?;
         let weight = writer.weight();
         let bits = writer.bits()?;
-        writer.group_size()?;
+        let (group_size, order) = (writer.group_size()?, writer.order()?);
         let ((n, k), (_, groups)) = ((weight.rows(), weight.cols()), weight.grid());
         let width = u32::from(bits);
         let (stride, words) = (packed_len(k, width), packed_len(k, width).div_ceil(4));
         let scale_dtype = writer.scale_dtype()?;
-        let packed = parts::restride(weight.codes().to_vec(), n, stride, 4 * words);
+        let mut codes = weight.codes().to_vec();
+        if let Some(places) = &order {
+            parts::gather_columns(width, &mut codes, places);
+        }
+        let packed = parts::restride(codes, n, stride, 4 * words);
         let shape = [n as i64, k as i64].into_iter().flat_map(i64::to_le_bytes).collect();
         let mut tensors = vec![
             writer.tensor("weight_packed", Dtype::I32, &[n, words], packed),
             writer.tensor("weight_scale", scale_dtype, &[n, groups], weight.scales().to_vec()),
             writer.tensor("weight_shape", Dtype::I64, &[2], shape),
         ];
+        if let Some(places) = &order {
+            let g_idx: Vec<_> = places.iter().map(|at| (at / group_size) as i32).collect();
+            tensors.push(Tensor::i32(format!("{name}.weight_g_idx"), vec![k], &g_idx));
+        }
         if let Some(zeros) = writer.zeros()? {
             let stride = packed_len(n, width);
             let zeros = parts::pack_rows(width, &parts::transposed::<1>(&zeros, n, groups), n);
@@ -336,6 +358,7 @@ fn config(format: &str, layer: &QLinear, input: Value) -> Value {
                 "strategy": strategy,
                 "group_size": group_size,
                 "dynamic": false,
+                "actorder": if layer.transforms().is_empty() { Value::Null } else { "group".into() },
             },
             "input_activations": input,
         }},

@@ -13,11 +13,11 @@
 //! 2^bits − 1 for 0; version 2 as they are.
 //!
 //! Groups that act-order has scattered (an unsorted `g_idx`) become consecutive, behind a
-//! [`Transform::Permute`] of the input.
+//! [permutation](lowbit_core::Transform::Permute) of the input.
 
 use std::borrow::Cow;
 
-use lowbit_core::{QLinear, QMatrix, Transform, ZeroFormat};
+use lowbit_core::{QLinear, QMatrix, ZeroFormat};
 use lowbit_dtypes::packed_len;
 use serde_json::{Value, json};
 
@@ -113,13 +113,13 @@ impl Convention for Gptq {
         parts::expect_shape(&scales, &[groups, n])?;
         let qzeros = layer.find("qzeros").map(|_| layer.matrix("qzeros", Dtype::I32));
         let qzeros = qzeros.transpose()?;
-        let g_idx = layer.find("g_idx").map(|view| groups_of(&view)).transpose()?.flatten();
+        let g_idx = layer.find("g_idx").map(|view| parts::groups_of(&view)).transpose()?.flatten();
         let zero_words = qzeros.as_ref().map(|(_, [_, words])| *words);
         let k = g_idx.as_ref().map(Vec::len);
         let (bits, k) = self.shape(&qweight, words, n, zero_words, k)?;
 
         let (group_size, order) = match &g_idx {
-            Some(g_idx) => order(g_idx, groups).ok_or_else(|| {
+            Some(g_idx) => parts::order(g_idx, groups).ok_or_else(|| {
                 scales.error(format!("g_idx does not make {groups} groups of one size"))
             })?,
             None => {
@@ -155,10 +155,7 @@ impl Convention for Gptq {
         });
         let weight = QMatrix::from_parts(n, k, scheme, codes, scales, zeros);
         let linear = layer.finish(weight, qweight.file)?;
-        let Some(order) = order else { return Ok(linear) };
-        let places = order.iter().map(|&place| place as u32).collect();
-        let permuted = linear.with_transforms(vec![Transform::Permute(places)]);
-        permuted.map_err(|cause| layer.error(qweight.file, cause))
+        layer.permuted(linear, order, qweight.file)
     }
 
     fn write(&self, layer: &QLinear, name: &str) -> Result<Vec<Tensor>> {
@@ -170,26 +167,16 @@ impl Convention for Gptq {
             return Err(writer.unsupported(format!("codes of {bits} bits, only of 2, 3, 4 or 8")));
         }
         let scale_dtype = writer.scale_dtype()?;
-        let order: Option<Vec<usize>> = match layer.transforms() {
-            [] => None,
-            [Transform::Permute(places)] => {
-                Some(places.iter().map(|&place| place as usize).collect())
-            }
-            _ => return Err(writer.unsupported("a transform of the input but a permutation")),
-        };
+        let order = writer.order()?;
         let ((n, k), (_, groups)) = ((weight.rows(), weight.cols()), weight.grid());
         let width = u32::from(bits);
         let stride = packed_len(k, width);
 
         let mut codes = Cow::Borrowed(weight.codes());
         let mut g_idx: Vec<i32> = (0..k).map(|j| (j / group_size) as i32).collect();
-        if let Some(order) = &order {
-            let mut inverse = vec![0; k];
-            for (at, &place) in order.iter().enumerate() {
-                inverse[place] = at;
-            }
-            parts::gather_columns(width, codes.to_mut(), &inverse);
-            g_idx = inverse.iter().map(|at| (at / group_size) as i32).collect();
+        if let Some(places) = &order {
+            parts::gather_columns(width, codes.to_mut(), places);
+            g_idx = places.iter().map(|at| (at / group_size) as i32).collect();
         }
         let (codes, words) = parts::words(&codes, n, stride);
         let qweight = parts::transposed::<4>(&codes, n, words);
@@ -256,31 +243,4 @@ impl Gptq {
         }
         zeros.iter().any(|&zero| zero != midpoint).then_some(zeros)
     }
-}
-
-/// The group of each feature; `None` if none is set (−1).
-fn groups_of(view: &TensorView<'_>) -> Result<Option<Vec<i32>>> {
-    parts::expect_dtype(view, Dtype::I32)?;
-    let groups: Vec<_> =
-        view.bytes.as_chunks().0.iter().map(|&bytes| i32::from_le_bytes(bytes)).collect();
-    Ok(groups.iter().any(|&group| group != -1).then_some(groups))
-}
-
-/// The group size, and the features in the order of their groups unless they are already.
-fn order(g_idx: &[i32], groups: usize) -> Option<(usize, Option<Vec<usize>>)> {
-    let mut sizes = vec![0_usize; groups];
-    for &group in g_idx {
-        *sizes.get_mut(usize::try_from(group).ok()?)? += 1;
-    }
-    let (&last, full) = sizes.split_last()?;
-    let size = full.first().copied().unwrap_or(last);
-    if full.iter().any(|&other| other != size) || last > size || (last == 0 && groups > 1) {
-        return None;
-    }
-    if g_idx.is_sorted() {
-        return Some((size, None));
-    }
-    let mut order: Vec<usize> = (0..g_idx.len()).collect();
-    order.sort_by_key(|&feature| g_idx[feature]);
-    Some((size, Some(order)))
 }

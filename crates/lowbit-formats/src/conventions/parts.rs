@@ -2,7 +2,9 @@
 
 use std::borrow::Cow;
 
-use lowbit_core::{Granularity, QLinear, QMatrix, QuantScheme, QuantType, ScaleFormat, ZeroFormat};
+use lowbit_core::{
+    Granularity, QLinear, QMatrix, QuantScheme, QuantType, ScaleFormat, Transform, ZeroFormat,
+};
 use lowbit_dtypes::{pack, packed_len, unpack};
 
 use crate::{Dtype, Error, Result, Tensor, TensorSource, TensorView};
@@ -64,9 +66,49 @@ impl<'a> Layer<'a> {
         layer.map_err(|cause| self.error(file, cause))
     }
 
+    /// The layer whose columns are in this `order` of the input.
+    pub(super) fn permuted(
+        self,
+        linear: QLinear,
+        order: Option<Vec<usize>>,
+        file: &str,
+    ) -> Result<QLinear> {
+        let Some(order) = order else { return Ok(linear) };
+        let places = order.iter().map(|&place| place as u32).collect();
+        let permuted = linear.with_transforms(vec![Transform::Permute(places)]);
+        permuted.map_err(|cause| self.error(file, cause))
+    }
+
     pub(super) fn error(self, file: &str, cause: lowbit_core::Error) -> Error {
         Error::Layer { file: file.into(), layer: self.name.into(), cause }
     }
+}
+
+/// The group of each feature; `None` if none is set (−1).
+pub(super) fn groups_of(view: &TensorView<'_>) -> Result<Option<Vec<i32>>> {
+    expect_dtype(view, Dtype::I32)?;
+    let groups: Vec<_> =
+        view.bytes.as_chunks().0.iter().map(|&bytes| i32::from_le_bytes(bytes)).collect();
+    Ok(groups.iter().any(|&group| group != -1).then_some(groups))
+}
+
+/// The group size, and the features in the order of their groups unless they are already.
+pub(super) fn order(g_idx: &[i32], groups: usize) -> Option<(usize, Option<Vec<usize>>)> {
+    let mut sizes = vec![0_usize; groups];
+    for &group in g_idx {
+        *sizes.get_mut(usize::try_from(group).ok()?)? += 1;
+    }
+    let (&last, full) = sizes.split_last()?;
+    let size = full.first().copied().unwrap_or(last);
+    if full.iter().any(|&other| other != size) || last > size || (last == 0 && groups > 1) {
+        return None;
+    }
+    if g_idx.is_sorted() {
+        return Some((size, None));
+    }
+    let mut order: Vec<usize> = (0..g_idx.len()).collect();
+    order.sort_by_key(|&feature| g_idx[feature]);
+    Some((size, Some(order)))
 }
 
 pub(super) fn expect_dtype(view: &TensorView<'_>, expected: Dtype) -> Result<()> {
@@ -115,6 +157,21 @@ impl<'a> Writer<'a> {
             }
         }
         Ok(())
+    }
+
+    /// For each feature of the input its column in the weight, if the input is permuted.
+    pub(super) fn order(self) -> Result<Option<Vec<usize>>> {
+        match self.layer.transforms() {
+            [] => Ok(None),
+            [Transform::Permute(places)] => {
+                let mut columns = vec![0; places.len()];
+                for (column, &feature) in places.iter().enumerate() {
+                    columns[feature as usize] = column;
+                }
+                Ok(Some(columns))
+            }
+            _ => Err(self.unsupported("a transform of the input but a permutation")),
+        }
     }
 
     /// The width of integer codes.
