@@ -407,31 +407,23 @@ impl<P: Fn(usize) -> Params> WithSimd for Reals<'_, P> {
     type Output = ();
 
     #[inline(always)]
-    fn with_simd<S: Simd>(self, _: S) {
+    fn with_simd<S: Simd>(self, simd: S) {
         let Self { dtype, codes, levels, block_cols, start, params, to } = self;
         match dtype {
-            QuantType::Int { .. } => {
-                for (w, &code) in to.iter_mut().zip(codes) {
-                    *w = f32::from(code);
-                }
-            }
-            _ => {
-                for (w, &code) in to.iter_mut().zip(codes) {
-                    *w = levels[usize::from(code)];
-                }
-            }
+            QuantType::Int { .. } => integers(codes, to),
+            _ => look_up(codes, levels, to),
         }
         let mut done = 0;
         while done < to.len() {
             let col = start + done;
             let end = to.len().min(done + block_cols - col % block_cols);
             let params = params(col / block_cols);
-            // Whole vectors, of a length that the compiler knows.
-            let (vectors, rest) = to[done..end].as_chunks_mut::<16>();
+            let (vectors, rest) = S::as_mut_simd_f32s(&mut to[done..end]);
+            let (scale, zero) = (simd.splat_f32s(params.scale), simd.splat_f32s(params.zero));
+            let offset = simd.splat_f32s(params.offset);
             for w in vectors {
-                for w in w {
-                    *w = params.real(*w);
-                }
+                let scaled = simd.mul_f32s(scale, simd.sub_f32s(*w, zero));
+                *w = simd.add_f32s(scaled, offset);
             }
             for w in rest {
                 *w = params.real(*w);
@@ -441,8 +433,25 @@ impl<P: Fn(usize) -> Params> WithSimd for Reals<'_, P> {
     }
 }
 
+// Functions of their own, since only of arguments the compiler knows that they do not overlap.
+
+#[inline(always)]
+fn integers(codes: &[u8], to: &mut [f32]) {
+    for (w, &code) in to.iter_mut().zip(codes) {
+        *w = f32::from(code);
+    }
+}
+
+#[inline(always)]
+fn look_up(codes: &[u8], levels: &[f32; 256], to: &mut [f32]) {
+    for (w, &code) in to.iter_mut().zip(codes) {
+        *w = levels[usize::from(code)];
+    }
+}
+
 impl QuantScheme {
     /// What a scale means beside the code of a zero, or a zero or offset of its own.
+    #[inline]
     fn params(self, scale: f32, zero: u8, real: Option<f32>) -> Params {
         let real = real.unwrap_or_default();
         let (zero, offset) = match self.zero {
