@@ -1,70 +1,20 @@
 #!/usr/bin/env python3
 """int8 products of `lowbit bench gemm`, onnxruntime and PyTorch (oneDNN), one after the other in rounds.
 
-usage: gemm.py LOWBIT [--rounds 3] [--threads 1] [--kernels a,b] [--shapes 128,4096,4096 1,4096,4096,cold]
+usage: gemm.py LOWBIT [--rounds 3] [--threads 1] [--kernels a b] [--shapes 128,4096,4096 1,4096,4096,cold]
                [--peer "NAME=COMMAND"]...
 
 LOWBIT is the program. Packages: numpy, onnx, onnxruntime, torch; what cannot be imported is left out. A peer's
 COMMAND is called with m, n, k and 1 if weights are to come from memory, else 0; it prints a line of JSON with min_s
 and median_s. Prints, for each shape, the least time and the least median of the rounds, as a table. Operands are random.
 """
-import argparse, json, os, shlex, statistics, subprocess, sys, time, warnings
+import sys
+from common import COLD_BYTES, options, others, ours, tables, timed
 
-warnings.filterwarnings("ignore")
-
-args = argparse.ArgumentParser()
-args.add_argument("lowbit")
-args.add_argument("--rounds", type=int, default=3)
-args.add_argument("--threads", type=int, default=1)
-args.add_argument("--kernels", default="avx512_vnni,avx_vnni,avx2")
-args.add_argument("--shapes", nargs="*", default=[
-    "128,4096,4096", "512,4096,4096", "1024,4096,4096", "512,11008,4096", "16,4096,4096", "1,4096,4096,cold"])
-args.add_argument("--peer", action="append", default=[])
-args = args.parse_args()
-
-for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "RAYON_NUM_THREADS"):
-    os.environ[name] = str(args.threads)  # before anything heavy is imported
-
-COLD_BYTES = 1 << 30
-
-
-def timed(calls, least=10, seconds=1.0):
-    """(min, median) of calls in turn, each made once before anything counts."""
-    for call in calls:
-        call()
-    times, start = [], time.perf_counter()
-    while len(times) < least or time.perf_counter() - start < seconds:
-        call = calls[len(times) % len(calls)]
-        before = time.perf_counter()
-        call()
-        times.append(time.perf_counter() - before)
-        if time.perf_counter() - start > 5 * seconds:
-            break
-    return min(times), statistics.median(times)
-
-
-def run(command):
-    line = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    report = json.loads(line)
-    return report["min_s"], report["median_s"]
-
-
-def ours(kernel):
-    def measure(m, n, k, cold):
-        command = [args.lowbit, "bench", "gemm", "--json", "--scheme", "w8a8", "--kernel", kernel]
-        command += ["--threads", str(args.threads), "--m", str(m), "--n", str(n), "--k", str(k)]
-        return run(command + ["--cold"] * cold)
-    return measure
-
-
-def command(text):
-    return lambda m, n, k, cold: run(shlex.split(text) + [str(m), str(n), str(k), str(int(cold))])
-
-
-contenders = {f"lowbit {kernel}, f32 to f32": ours(kernel) for kernel in args.kernels.split(",")}
-for peer in args.peer:
-    name, _, text = peer.partition("=")
-    contenders[name] = command(text)
+args = options(["128,4096,4096", "512,4096,4096", "1024,4096,4096", "512,11008,4096", "16,4096,4096", "1,4096,4096,cold"],
+               kernels=["avx512_vnni", "avx_vnni", "avx2"])
+contenders = {f"lowbit {kernel}, f32 to f32": ours(args, "--scheme", "w8a8", "--kernel", kernel) for kernel in args.kernels}
+contenders |= others(args)
 
 try:
     import numpy as np, onnx, onnxruntime as ort
@@ -136,19 +86,4 @@ try:
 except ImportError as error:
     print(f"left out: {error}", file=sys.stderr)
 
-for shape in args.shapes:
-    m, n, k, *cold = shape.split(",")
-    m, n, k = int(m), int(n), int(k)
-    times = {name: [] for name in contenders}
-    for _ in range(args.rounds):
-        for name, measure in contenders.items():
-            try:
-                times[name].append(measure(m, n, k, bool(cold)))
-            except Exception as error:
-                print(f"{name}, {shape}: {error}", file=sys.stderr)
-    print(f"\n| {m} x {n} x {k}{', from memory' if cold else ''} | least | median | at the least |\n|---|---|---|---|")
-    for name, results in times.items():
-        if results:
-            least, median = (min(column) for column in zip(*results))
-            rate = f"{n * k / least / 1e9:.1f} GB/s" if m == 1 else f"{2 * m * n * k / least / 1e9:.0f} Gop/s"
-            print(f"| {name} | {least * 1e3:.2f} ms | {median * 1e3:.2f} ms | {rate} |", flush=True)
+tables(args, contenders)
