@@ -99,7 +99,16 @@ pub const METHODS: &[Method] = &[
     Method::new("int4-g128", "4 bits, groups of 128", &symmetric(4, PerGroup(128))),
     Method::new("int4-g128-zp", "4 bits, groups of 128, zero-points", &affine(4, PerGroup(128))),
     Method::new("int4-g32", "4 bits, groups of 32", &symmetric(4, PerGroup(32))),
+    Method::new("int4-g32-is4", "int4-g32, scales are integers of 4 bits", &INT4_G32_IS4),
     Method::new("int4-g32-zp", "4 bits, groups of 32, zero-points", &affine(4, PerGroup(32))),
+    Method::composed(
+        "w4a8-g32-is4",
+        "int4-g32-is4, int8 activations per token",
+        Recipe {
+            activation: Some(ActivationScheme::INT8_PER_TOKEN),
+            ..Recipe::rounding(&INT4_G32_IS4)
+        },
+    ),
     Method::composed(
         "awq-g32",
         "int4-g32-zp behind searched scales",
@@ -133,8 +142,11 @@ pub const METHODS: &[Method] = &[
     Method::new("int2-g32-zp", "2 bits, groups of 32, zero-points", &affine(2, PerGroup(32))),
     Method::new("gptq-int4-g128", "GPTQ, int4-g128", &gptq(symmetric(4, PerGroup(128)))),
     Method::new("gptq-int4-g128-zp", "GPTQ, int4-g128-zp", &gptq(affine(4, PerGroup(128)))),
+    Method::new("gptq-int4-g32", "GPTQ, int4-g32", &gptq(symmetric(4, PerGroup(32)))),
+    Method::new("gptq-int4-g32-is4", "GPTQ, int4-g32-is4", &gptq(INT4_G32_IS4)),
     Method::new("gptq-int4-g32-zp", "GPTQ, int4-g32-zp", &gptq(affine(4, PerGroup(32)))),
     Method::new("gptq-int3-g32-zp", "GPTQ, int3-g32-zp", &gptq(affine(3, PerGroup(32)))),
+    Method::new("best-int4-g32-is4", "GPTQ improved, int4-g32-is4", &best(INT4_G32_IS4)),
     Method::new("best-int4-g32-zp", "GPTQ improved, int4-g32-zp", &best(affine(4, PerGroup(32)))),
     Method::new("best-int3-g32-zp", "GPTQ improved, int3-g32-zp", &best(affine(3, PerGroup(32)))),
     Method::new("best-int5-g24", "GPTQ improved, 5 bits, two-level g24", &two_level(5, 24)),
@@ -182,6 +194,11 @@ const fn table(levels: QuantType) -> Gptq {
     })
 }
 
+/// Products of codes and scales fit int8: [`QuantScheme::has_integer_scales`].
+const INT4_G32_IS4: Rtn = Rtn::new(QuantScheme {
+    scale_format: ScaleFormat::TwoLevel(TwoLevel::integer(4)),
+    ..QuantScheme::symmetric(4, PerGroup(32))
+});
 const INT4_G32_ZP: Rtn = affine(4, PerGroup(32));
 const AWQ: Awq = Awq { scheme: INT4_G32_ZP.scheme, fit: INT4_G32_ZP.fit };
 const SMOOTH_AUTO: ChannelScale = ChannelScale::SmoothQuant(SmoothQuant { alpha: Alpha::Searched });
