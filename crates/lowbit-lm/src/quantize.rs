@@ -131,25 +131,59 @@ pub fn quantize(
 /// # Ok::<(), lowbit::Error>(())
 /// ```
 pub fn relative_error(w: MatRef<'_, f32>, layer: &QLinear) -> lowbit::Result<f64> {
-    /// Sums side by side, so that none waits for the one before.
-    const SUMS: usize = 8;
-    let computed = layer.effective_weight()?;
-    let (expected, got) = (w.shape(), (computed.rows(), computed.cols()));
+    /// Rows that are dequantized at a time: few enough to stay in the cache, and in memory that the system
+    /// has cleared once.
+    const BAND: usize = 64;
+    let (expected, got) = (w.shape(), (layer.out_features(), layer.in_features()));
     if expected != got {
         return Err(lowbit::Error::Shape { what: "quantized weight", expected, got });
     }
-    let (mut error, mut norm) = ([0.0; SUMS], [0.0; SUMS]);
-    for (w, computed) in w.iter_rows().zip(computed.as_ref().iter_rows()) {
-        for (w, computed) in w.chunks(SUMS).zip(computed.chunks(SUMS)) {
+    let mut sums = ErrorSums::default();
+    let weight = layer.weight();
+    let plain = layer.transforms().is_empty()
+        && layer.outliers().is_none()
+        && layer.adapter().is_none()
+        && weight.scale_grid().is_none(); // opened for every row, it would take longer
+    if plain {
+        let ids: Vec<u32> = (0..w.rows() as u32).collect();
+        for (ids, band) in ids.chunks(BAND).zip((0..w.rows()).step_by(BAND)) {
+            let mut computed = Mat::zeros(ids.len(), w.cols());
+            weight.dequantize_rows(ids, computed.as_mut())?;
+            for (row, computed) in (band..).zip(computed.as_ref().iter_rows()) {
+                sums.add(w.row(row).unwrap_or(&[]), computed);
+            }
+        }
+    } else {
+        let computed = layer.effective_weight()?;
+        for (w, computed) in w.iter_rows().zip(computed.as_ref().iter_rows()) {
+            sums.add(w, computed);
+        }
+    }
+    Ok(sums.relative())
+}
+
+/// `Σ (w − ŵ)²` and `Σ w²`, in sums side by side, so that none waits for the one before.
+#[derive(Default)]
+struct ErrorSums {
+    error: [f64; 8],
+    norm: [f64; 8],
+}
+
+impl ErrorSums {
+    fn add(&mut self, w: &[f32], computed: &[f32]) {
+        for (w, computed) in w.chunks(self.error.len()).zip(computed.chunks(self.error.len())) {
             for (i, (&w, &computed)) in w.iter().zip(computed).enumerate() {
                 let difference = f64::from(w - computed);
-                error[i] += difference * difference;
-                norm[i] += f64::from(w) * f64::from(w);
+                self.error[i] += difference * difference;
+                self.norm[i] += f64::from(w) * f64::from(w);
             }
         }
     }
-    let (error, norm): (f64, f64) = (error.iter().sum(), norm.iter().sum());
-    Ok(if norm == 0.0 { 0.0 } else { (error / norm).sqrt() })
+
+    fn relative(&self) -> f64 {
+        let (error, norm): (f64, f64) = (self.error.iter().sum(), self.norm.iter().sum());
+        if norm == 0.0 { 0.0 } else { (error / norm).sqrt() }
+    }
 }
 
 /// A checkpoint that is quantized block by block, without ever being in memory as a whole.
