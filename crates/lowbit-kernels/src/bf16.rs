@@ -16,23 +16,29 @@ use crate::{
 
 /// The instructions that are needed beside those of [`Isa`].
 pub(crate) trait Bf16<const L: usize>: Isa<L> {
-    /// Thirty-two numbers to choose from.
-    type Numbers: Copy;
+    /// The first 32 numbers to choose from, and all 128.
+    type Few: Copy;
+    type Many: Copy;
 
-    fn numbers(self, numbers: &[u16; 32]) -> Self::Numbers;
+    fn few(self, numbers: &Numbers) -> Self::Few;
+    fn many(self, numbers: &Numbers) -> Self::Many;
     /// What the lowest five bits of each byte choose, as two words.
-    fn choose(self, numbers: Self::Numbers, codes: Self::I32) -> [Self::I32; 2];
+    fn choose_few(self, numbers: Self::Few, codes: Self::I32) -> [Self::I32; 2];
+    /// What the lowest seven bits of each byte choose, as two words, with its highest bit as the sign.
+    fn choose_many(self, numbers: Self::Many, codes: Self::I32) -> [Self::I32; 2];
     fn bits(self, x: Self::F32) -> Self::I32;
     /// `acc + w_1·x_1 + w_0·x_0` in every lane.
     fn dot_bf16(self, acc: Self::F32, w: Self::I32, x: Self::I32) -> Self::F32;
 }
 
-/// What codes of at most 4 bits choose from: the level of each, or for integers their difference from a
-/// zero, modulo 32.
-pub(crate) fn numbers(dtype: QuantType) -> [u16; 32] {
+/// What codes choose from, as bfloat16: the level of each, or for integers of at most 4 bits their
+/// difference from a zero, modulo 32.
+pub(crate) type Numbers = [u16; 128];
+
+pub(crate) fn numbers(dtype: QuantType) -> Numbers {
     core::array::from_fn(|i| {
         let level = match dtype {
-            QuantType::Int { .. } => i as f32 - if i < 16 { 0.0 } else { 32.0 },
+            QuantType::Int { .. } => (i % 32) as f32 - if i % 32 < 16 { 0.0 } else { 32.0 },
             _ => dtype.level(i as u8),
         };
         bf16::from_f32(level).to_bits()
@@ -47,16 +53,27 @@ trait Convert<V: Bf16<L>, const L: usize>: Copy {
 
 /// Codes of at most 4 bits.
 #[derive(Clone, Copy)]
-struct Chosen<T>(T);
+struct Few<T>(T);
 
-impl<V: Bf16<L>, const L: usize> Convert<V, L> for Chosen<V::Numbers> {
+impl<V: Bf16<L>, const L: usize> Convert<V, L> for Few<V::Few> {
     #[inline(always)]
     fn convert(self, isa: V, codes: V::I32, zero: V::I32) -> [V::I32; 2] {
         // 32 − zero in every byte, so that none borrows from the next.
         let offset = isa.sub_i32(isa.splat_i32(32), zero);
         let offset = isa.or(offset, isa.shl(offset, 8));
         let offset = isa.or(offset, isa.shl(offset, 16));
-        isa.choose(self.0, isa.add_i32(codes, offset))
+        isa.choose_few(self.0, isa.add_i32(codes, offset))
+    }
+}
+
+/// Codes of floats, whose sign is the highest of 8 bits. They have no zeros.
+#[derive(Clone, Copy)]
+struct Many<T>(T);
+
+impl<V: Bf16<L>, const L: usize> Convert<V, L> for Many<V::Many> {
+    #[inline(always)]
+    fn convert(self, isa: V, codes: V::I32, _: V::I32) -> [V::I32; 2] {
+        isa.choose_many(self.0, codes)
     }
 }
 
@@ -134,12 +151,16 @@ macro_rules! with_codes {
         }
         match ($panel.storage, $panel.meaning) {
             (Storage::Pairs, _) => $do!(2, 1, Widened),
-            (Storage::Nibbles, _) => stored!(Nibbles, 1, 2, Chosen($isa.numbers($numbers))),
-            (Storage::Bits3, _) => stored!(Bits3, 3, 8, Chosen($isa.numbers($numbers))),
-            (Storage::Crumbs, _) => stored!(Crumbs, 1, 4, Chosen($isa.numbers($numbers))),
-            (Storage::Bits6, Meaning::Float(float)) => stored!(Bits6, 3, 4, Decoded(*float)),
-            (Storage::Bits5, Meaning::Float(float)) => stored!(Bits5, 5, 8, Decoded(*float)),
-            (Storage::Bytes, Meaning::Float(float)) => stored!(Bytes, 1, 1, Decoded(*float)),
+            (Storage::Nibbles, _) => stored!(Nibbles, 1, 2, Few($isa.few($numbers))),
+            (Storage::Bits3, _) => stored!(Bits3, 3, 8, Few($isa.few($numbers))),
+            (Storage::Crumbs, _) => stored!(Crumbs, 1, 4, Few($isa.few($numbers))),
+            (Storage::Bits6, Meaning::Float(_)) => stored!(Bits6, 3, 4, Many($isa.many($numbers))),
+            (Storage::Bits5, Meaning::Float(_)) => stored!(Bits5, 5, 8, Many($isa.many($numbers))),
+            // Without a sign, the highest bit belongs to the exponent.
+            (Storage::Bytes, Meaning::Float(float)) if float.magnitude > 127 => {
+                stored!(Bytes, 1, 1, Decoded(*float))
+            }
+            (Storage::Bytes, Meaning::Float(_)) => stored!(Bytes, 1, 1, Many($isa.many($numbers))),
             (Storage::Bits6, _) => stored!(Bits6, 3, 4, Decoded(Integer)),
             (Storage::Bits5, _) => stored!(Bits5, 5, 8, Decoded(Integer)),
             // Codes of tables have at most 4 bits.
@@ -165,7 +186,7 @@ pub(crate) fn product<
 >(
     isa: V,
     panel: &Panel<'_>,
-    numbers: &[u16; 32],
+    numbers: &Numbers,
     rows: &[&[i32]],
     out: &mut [[f32; NR]],
 ) {
@@ -325,7 +346,7 @@ fn integer_zero<V: Isa<L>, const NV: usize, const L: usize>(
 pub(crate) fn widen<V: Bf16<L>, const NV: usize, const L: usize>(
     isa: V,
     panel: &Panel<'_>,
-    numbers: &[u16; 32],
+    numbers: &Numbers,
     to: &mut [u8],
 ) {
     macro_rules! all {

@@ -46,7 +46,7 @@ pub struct PackedLinear {
     storage: Storage,
     meaning: Meaning,
     /// See [`bf16::numbers`].
-    numbers: [u16; 32],
+    numbers: bf16::Numbers,
     /// What an integer level is multiplied by.
     unit: f32,
     /// Input features of a full group, within which no scale changes, neither of weights nor of
@@ -390,7 +390,7 @@ impl PackedLinear {
     }
 
     /// See [`bf16::numbers`].
-    pub(crate) fn numbers(&self) -> &[u16; 32] {
+    pub(crate) fn numbers(&self) -> &bf16::Numbers {
         &self.numbers
     }
 

@@ -6,8 +6,8 @@ use lowbit_core::testing::{Family, LinearProblem, Promise, strategies};
 use lowbit_core::{
     ActivationScales, ActivationScheme, ActivationType, Adapter, Context, Error, Format,
     Granularity, Linear, Mat, OutlierColumns, Outliers, QActivations, QLinear, QMatrix,
-    QuantScheme, ScaleFormat, SparseRows, Transform, TwoLevel, ZeroFormat, encode_row_int8,
-    encode_row_uint8, f16, presets,
+    QuantScheme, QuantType, ScaleFormat, SparseRows, Transform, TwoLevel, ZeroFormat,
+    encode_row_int8, encode_row_uint8, f16, presets,
 };
 use lowbit_dtypes::bf16;
 use proptest::prelude::*;
@@ -823,6 +823,30 @@ fn sums_of_integer_scales_are_not_given_out_as_integers() {
     let result = packed.forward_to(x.as_ref(), y.as_mut(), &mut Context::new());
     assert!(matches!(result, Err(Error::Unsupported { .. })), "{result:?}");
     assert_eq!(y.data(), [7]);
+}
+
+/// Codes around 127, which is 1, so that some have their highest bit set.
+#[test]
+fn the_highest_bit_of_a_float_without_a_sign_belongs_to_its_exponent() {
+    let (n, k) = (3, 40);
+    let e8m0 = QuantType::Float(Format::F8E8M0);
+    let scheme = QuantScheme {
+        scale_format: ScaleFormat::F32,
+        ..QuantScheme::levels(e8m0, Granularity::PerChannel)
+    };
+    let codes: Vec<u8> = (0..n * k).map(|i| 120 + (i % 16) as u8).collect();
+    let scales: Vec<u8> = [1.0_f32; 3].iter().flat_map(|scale| scale.to_le_bytes()).collect();
+    let q = QMatrix::from_parts(n, k, scheme, codes, scales, None).unwrap();
+    assert_eq!(
+        q.dequantize().data()[..16],
+        core::array::from_fn::<f32, 16, _>(|i| 2_f32.powi(i as i32 - 7))
+    );
+    for activation in [None, Some(ActivationScheme::BF16)] {
+        for m in [1, 20] {
+            let x = Family::Normal.matrix(m, k, 4);
+            check(QLinear::new(q.clone()).with_activation(activation), x);
+        }
+    }
 }
 
 /// Prints what a run has covered (with `--nocapture`) and fails if a kernel that

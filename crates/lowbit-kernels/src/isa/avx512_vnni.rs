@@ -4,7 +4,7 @@ use core::{arch::x86_64::*, mem::transmute};
 
 use super::{Bf16Kernel, Kernel};
 use crate::{
-    bf16::{self, Bf16},
+    bf16::{self, Bf16, Numbers},
     panel::{NR, Panel},
     roofline::Peak,
     tile::{self, Int8Row, Isa},
@@ -52,12 +52,12 @@ pub(super) fn widen(panel: &Panel<'_>, look_up: bool, to: &mut [u8]) {
 }
 
 #[target_feature(enable = "avx512f,avx512bw,avx512vnni,avx512bf16")]
-fn bf16_product(panel: &Panel<'_>, numbers: &[u16; 32], rows: &[&[i32]], out: &mut [[f32; NR]]) {
+fn bf16_product(panel: &Panel<'_>, numbers: &Numbers, rows: &[&[i32]], out: &mut [[f32; NR]]) {
     bf16::product::<_, 12, 8, 4, 6, 2, 16>(Avx512::with_bf16(), panel, numbers, rows, out);
 }
 
 #[target_feature(enable = "avx512f,avx512bw,avx512vnni,avx512bf16")]
-fn bf16_widen(panel: &Panel<'_>, numbers: &[u16; 32], to: &mut [u8]) {
+fn bf16_widen(panel: &Panel<'_>, numbers: &Numbers, to: &mut [u8]) {
     bf16::widen::<_, 2, 16>(Avx512::with_bf16(), panel, numbers, to);
 }
 
@@ -307,31 +307,56 @@ impl<const BF16: bool> Isa<16> for Avx512<BF16> {
     }
 }
 
+/// Two bytes of every lane as the low bytes of its halves: the first two, and the last two.
+#[inline(always)]
+fn halves(_: Avx512<true>, codes: __m512i) -> [__m512i; 2] {
+    // SAFETY: see above.
+    unsafe {
+        let first = _mm_setr_epi8(0, -1, 1, -1, 4, -1, 5, -1, 8, -1, 9, -1, 12, -1, 13, -1);
+        let last = _mm_setr_epi8(2, -1, 3, -1, 6, -1, 7, -1, 10, -1, 11, -1, 14, -1, 15, -1);
+        [
+            _mm512_shuffle_epi8(codes, _mm512_broadcast_i32x4(first)),
+            _mm512_shuffle_epi8(codes, _mm512_broadcast_i32x4(last)),
+        ]
+    }
+}
+
 impl Bf16<16> for Avx512<true> {
-    type Numbers = __m512i;
+    type Few = __m512i;
+    type Many = [__m512i; 4];
 
     #[inline(always)]
-    fn numbers(self, numbers: &[u16; 32]) -> __m512i {
-        // SAFETY: see above.
-        unsafe { _mm512_loadu_si512(numbers.as_ptr().cast()) }
+    fn few(self, numbers: &Numbers) -> __m512i {
+        self.many(numbers)[0]
     }
 
     #[inline(always)]
-    fn choose(self, numbers: __m512i, codes: __m512i) -> [__m512i; 2] {
+    fn many(self, numbers: &Numbers) -> [__m512i; 4] {
+        let parts: &[[u16; 32]; 4] = bytemuck::cast_ref(numbers);
         // SAFETY: see above.
         unsafe {
-            // Two bytes of every lane become the low bytes of its halves.
-            let first = _mm512_broadcast_i32x4(_mm_setr_epi8(
-                0, -1, 1, -1, 4, -1, 5, -1, 8, -1, 9, -1, 12, -1, 13, -1,
-            ));
-            let last = _mm512_broadcast_i32x4(_mm_setr_epi8(
-                2, -1, 3, -1, 6, -1, 7, -1, 10, -1, 11, -1, 14, -1, 15, -1,
-            ));
             [
-                _mm512_permutexvar_epi16(_mm512_shuffle_epi8(codes, first), numbers),
-                _mm512_permutexvar_epi16(_mm512_shuffle_epi8(codes, last), numbers),
+                _mm512_loadu_si512(parts[0].as_ptr().cast()),
+                _mm512_loadu_si512(parts[1].as_ptr().cast()),
+                _mm512_loadu_si512(parts[2].as_ptr().cast()),
+                _mm512_loadu_si512(parts[3].as_ptr().cast()),
             ]
         }
+    }
+
+    #[inline(always)]
+    fn choose_few(self, numbers: __m512i, codes: __m512i) -> [__m512i; 2] {
+        let [first, last] = halves(self, codes);
+        // SAFETY: see above.
+        unsafe {
+            [_mm512_permutexvar_epi16(first, numbers), _mm512_permutexvar_epi16(last, numbers)]
+        }
+    }
+
+    #[inline(always)]
+    fn choose_many(self, numbers: [__m512i; 4], codes: __m512i) -> [__m512i; 2] {
+        let [first, last] = halves(self, codes);
+        [choose(self, numbers, first), choose(self, numbers, last)]
     }
 
     #[inline(always)]
@@ -347,5 +372,18 @@ impl Bf16<16> for Avx512<true> {
             let (w, x) = (transmute::<__m512i, __m512bh>(w), transmute::<__m512i, __m512bh>(x));
             _mm512_dpbf16_ps(acc, w, x)
         }
+    }
+}
+
+/// The number that the lowest seven bits of each half choose, with bit 7 as its sign.
+#[inline(always)]
+fn choose(_: Avx512<true>, numbers: [__m512i; 4], codes: __m512i) -> __m512i {
+    // SAFETY: see above.
+    unsafe {
+        let low = _mm512_permutex2var_epi16(numbers[0], codes, numbers[1]);
+        let high = _mm512_permutex2var_epi16(numbers[2], codes, numbers[3]);
+        let is_high = _mm512_test_epi16_mask(codes, _mm512_set1_epi16(64));
+        let sign = _mm512_and_si512(_mm512_slli_epi16::<8>(codes), _mm512_set1_epi16(i16::MIN));
+        _mm512_or_si512(_mm512_mask_blend_epi16(is_high, low, high), sign)
     }
 }

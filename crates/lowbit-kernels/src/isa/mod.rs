@@ -3,6 +3,7 @@
 use lowbit_core::{Error, Result};
 
 use crate::{
+    bf16::Numbers,
     panel::{NR, Panel},
     roofline::Peak,
     tile::Int8Row,
@@ -53,14 +54,14 @@ pub(crate) struct Bf16Kernel {
     /// [`bf16::product`](crate::bf16::product)
     product: Bf16Tile,
     /// [`bf16::widen`](crate::bf16::widen)
-    widen: unsafe fn(&Panel<'_>, &[u16; 32], &mut [u8]),
+    widen: unsafe fn(&Panel<'_>, &Numbers, &mut [u8]),
 }
 
 impl Bf16Kernel {
     pub(crate) fn product(
         &self,
         panel: &Panel<'_>,
-        numbers: &[u16; 32],
+        numbers: &Numbers,
         rows: &[&[i32]],
         out: &mut [[f32; NR]],
     ) {
@@ -68,13 +69,13 @@ impl Bf16Kernel {
         unsafe { (self.product)(panel, numbers, rows, out) }
     }
 
-    pub(crate) fn widen(&self, panel: &Panel<'_>, numbers: &[u16; 32], to: &mut [u8]) {
+    pub(crate) fn widen(&self, panel: &Panel<'_>, numbers: &Numbers, to: &mut [u8]) {
         // SAFETY: as above.
         unsafe { (self.widen)(panel, numbers, to) }
     }
 }
 
-type Bf16Tile = unsafe fn(&Panel<'_>, &[u16; 32], &[&[i32]], &mut [[f32; NR]]);
+type Bf16Tile = unsafe fn(&Panel<'_>, &Numbers, &[&[i32]], &mut [[f32; NR]]);
 type Int8Tile = unsafe fn(&Panel<'_>, &[Int8Row<'_>], &mut [[f32; NR]]);
 type F32Tile = unsafe fn(&Panel<'_>, &[&[f32]], &mut [[f32; NR]]);
 
