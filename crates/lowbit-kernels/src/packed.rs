@@ -398,7 +398,9 @@ impl PackedLinear {
     pub(crate) fn widened_bytes(&self, m: usize) -> usize {
         let two_tables = matches!(&self.meaning, Meaning::Table(table) if table.high.is_some());
         let few = match (self.compute(), self.storage) {
+            // What is looked up is unpacked sooner than what is computed.
             (Compute::Bf16(_), Storage::Nibbles | Storage::Bits3 | Storage::Crumbs) => 16,
+            (Compute::Bf16(_), _) if matches!(self.meaning, Meaning::Float(_)) => 16,
             (Compute::Bf16(_), _) => 8,
             (_, Storage::Bytes) => usize::MAX,
             (Compute::F32, _) => 1,
