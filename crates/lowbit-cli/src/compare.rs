@@ -134,7 +134,8 @@ pub(crate) fn run(options: &Options) -> Result<()> {
     let texts = calibration.windows(&checkpoint, options.model.as_deref(), needed)?;
     for method in methods {
         let folder = options.resume.as_ref().map(|folder| folder.join(method.name));
-        let finished = folder.as_ref().map(|folder| Finished { folder, label: method.name });
+        let label = format!("{} {}", method.name, env!("CARGO_PKG_VERSION"));
+        let finished = folder.as_ref().map(|folder| Finished { folder, label: &label });
         let (texts, how) = (texts.as_ref(), calibration.how(finished, false));
         let (quantized, layers) =
             model::quantize(&model, &checkpoint, method, texts, how, options.kernel, &mut ctx)

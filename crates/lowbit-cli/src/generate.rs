@@ -42,6 +42,9 @@ pub(crate) struct Options {
 
 pub(crate) fn run(options: &Options) -> Result<()> {
     let mut ctx = options.threads.context()?;
+    let method = options.method.map(|method| (method.name, method.quantizer.needs()));
+    let (name, needs) = method.unwrap_or(("a model as it is", Needs::Nothing));
+    options.calibration.check_used(name, needs > Needs::Nothing)?;
     let checkpoint = model::open(options.model.as_ref())?;
     let mut model = Model::load(&checkpoint)?;
     if let Some(method) = options.method {

@@ -13,9 +13,9 @@ mod plot;
 mod quantize;
 mod scheme;
 
-use std::{num::NonZeroUsize, process::ExitCode, sync::Arc};
+use std::{io::Write, num::NonZeroUsize, process::ExitCode, sync::Arc};
 
-use anyhow::Result;
+use anyhow::{Result, ensure};
 use clap::{Args, Parser, Subcommand};
 use indicatif::{ProgressBar, ProgressStyle};
 use lowbit::Context;
@@ -54,10 +54,14 @@ struct Threads {
     threads: Option<NonZeroUsize>,
 }
 
+/// More than any machine has cores, and few enough to start at once.
+const MOST_THREADS: usize = 1024;
+
 impl Threads {
     fn context(&self) -> Result<Context> {
         let cores = || std::thread::available_parallelism().unwrap_or(NonZeroUsize::MIN);
         let threads = self.threads.unwrap_or_else(cores).get();
+        ensure!(threads <= MOST_THREADS, "--threads {threads}: at most {MOST_THREADS}");
         let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build()?;
         Ok(Context::with_pool(Arc::new(pool)))
     }
@@ -75,7 +79,7 @@ fn main() -> ExitCode {
         Ok(cli) => cli,
         Err(e) if !e.use_stderr() => e.exit(), // --help and --version
         Err(e) => {
-            eprintln!("{}", one_line(&e.render().to_string()));
+            complain(&one_line(&e.render().to_string()));
             return ExitCode::from(2);
         }
     };
@@ -93,10 +97,15 @@ fn main() -> ExitCode {
         // A reader that has seen enough, such as `head`, is no error.
         Err(e) if e.downcast_ref::<std::io::Error>().is_some_and(broken_pipe) => ExitCode::SUCCESS,
         Err(e) => {
-            eprintln!("lowbit: {e:#}");
+            complain(&format!("lowbit: {e:#}"));
             ExitCode::from(2)
         }
     }
+}
+
+/// Writes to standard error, which may be closed or full: the exit code says it, too.
+fn complain(message: &str) {
+    let _ = writeln!(std::io::stderr(), "{message}");
 }
 
 fn broken_pipe(e: &std::io::Error) -> bool {

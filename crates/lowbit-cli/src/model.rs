@@ -6,7 +6,7 @@ use std::{
     sync::Arc,
 };
 
-use anyhow::{Result, anyhow};
+use anyhow::{Result, anyhow, bail};
 use clap::builder::{PossibleValue, PossibleValuesParser, TypedValueParser};
 use lowbit::{Context, Linear, METHODS, Method, PackedLinear, QLinear, kernels};
 use lowbit_lm::{
@@ -112,6 +112,23 @@ impl CalibrationOptions {
     ) -> quantize::Options<'a> {
         let true_sequential = self.true_sequential;
         quantize::Options { true_sequential, folded_scales_only, finished }
+    }
+
+    /// Refuses options that `method` does not look at.
+    pub(crate) fn check_used(&self, method: &str, used: bool) -> Result<()> {
+        let given = [
+            (self.calibration.is_some(), "--calibration"),
+            (self.document_mark.is_some(), "--document-mark"),
+            (self.true_sequential, "--true-sequential"),
+        ];
+        match given.into_iter().find(|(given, _)| *given && !used) {
+            Some((_, option)) => bail!("{method} looks at no text: leave {option} out"),
+            None => Ok(()),
+        }
+    }
+
+    pub(crate) fn is_true_sequential(&self) -> bool {
+        self.true_sequential
     }
 
     /// Whether a text to calibrate on was asked for.

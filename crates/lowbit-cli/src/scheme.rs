@@ -204,7 +204,23 @@ fn rtn(name: &str) -> Result<(Rtn, Option<ActivationScheme>)> {
         },
     };
     let mut activation = None;
+    let first = name.split('-').next().unwrap_or_default();
+    let fixed = ["mx", "nv"].iter().any(|standard| first.starts_with(standard));
+    let mut seen = Vec::new();
     for part in parts {
+        let kind = match part {
+            "zp" => "zero-points",
+            "a8" | "a16" => "activations",
+            "f32" | "f16" | "bf16" | "e8m0" => "scales",
+            _ if part.starts_with("is") => "scales",
+            _ => "groups",
+        };
+        ensure!(!seen.contains(&kind), "scheme {name}: {part} says a second time what {kind} are");
+        ensure!(
+            !fixed || kind == "activations",
+            "scheme {name}: {first} is a standard, which says itself what {kind} are"
+        );
+        seen.push(kind);
         let number = |digits: &str| {
             let number = digits.parse::<usize>().ok().filter(|&n| n > 0);
             number.with_context(|| format!("scheme {name}: {part:?} has no meaning, see --help"))
@@ -223,7 +239,9 @@ fn rtn(name: &str) -> Result<(Rtn, Option<ActivationScheme>)> {
             "a16" => activation = Some(ActivationScheme::BF16),
             _ => match (part.strip_prefix("is"), part.strip_prefix('g'), part.split_once('x')) {
                 (Some(bits), ..) => {
-                    let bits = number(bits)? as u8;
+                    let bits = u8::try_from(number(bits)?).ok().filter(|bits| *bits <= 8);
+                    let bits =
+                        bits.with_context(|| format!("scheme {name}: {part} is not 1 to 8 bits"))?;
                     scheme.scale_format = ScaleFormat::TwoLevel(TwoLevel::integer(bits));
                 }
                 (_, Some(size), _) => scheme.granularity = Granularity::PerGroup(number(size)?),
@@ -343,6 +361,10 @@ mod tests {
             ("int4-fast", "\"fast\""),
             ("int4-is", "\"is\""),
             ("nf4-zp", "zero-points"),
+            ("int4-is257", "is257"),
+            ("int4-g32-g64", "g64"),
+            ("int4-f16-is4", "is4"),
+            ("mxfp4-g64", "standard"),
         ] {
             let error = name.parse::<Scheme>().err().unwrap().to_string();
             assert!(error.contains(word), "{error}");

@@ -94,12 +94,15 @@ impl ActivationType {
     ///
     /// Without a zero-point `scale = max(|lo|, |hi|) / reach`, where reach is 127, 32767 or the
     /// format's largest number. Otherwise `scale = (hi − lo) / 255`, `zero_point = round(−lo /
-    /// scale)`. `(0, 0)` gives scale 1.
+    /// scale)`. `(0, 0)` gives scale 1, and so does bfloat16.
     ///
     /// # Errors
     /// [`Error::Parameter`] if an end is no finite number or `lo > hi`.
     pub fn params(self, (lo, hi): (f32, f32)) -> Result<(f32, u8)> {
         check_range((lo, hi))?;
+        if self == Self::Bf16 {
+            return Ok((1.0, 0));
+        }
         let (lo, hi) = (lo.min(0.0), hi.max(0.0));
         let span = match self {
             Self::UInt8 => hi - lo,
@@ -286,8 +289,9 @@ impl QActivations {
             return Err(Error::EmptyBlock { rows: 1, cols: 0 });
         }
         let (m, k) = self.shape();
-        // The bits of a float are at most 255.
+        // The bits of a small float are at most 255, those of bfloat16 i16s.
         let largest: i64 = match self.scheme.dtype {
+            ActivationType::Bf16 => 32768,
             ActivationType::Int16 => 32767,
             _ => 255,
         };

@@ -445,20 +445,24 @@ impl<S: AsRef<[u8]>> QLinear<S> {
         let (block_rows, group_size) = self.weight.block();
         let mut codes = vec![0; self.weight.cols()];
         let mut group_scales = vec![0; scales.cols()];
+        let mut zeros = vec![0_i64; scales.cols()];
         for i in 0..self.weight.rows() {
             self.weight.unpack_row(i, &mut codes)?;
             scales.unpack_row(i / block_rows, &mut group_scales)?;
             let step = scales.params(i / block_rows / scales.block().0, 0).scale;
+            for (group, zero) in zeros.iter_mut().enumerate() {
+                *zero = self.weight.params(i / block_rows, group).zero as i64;
+            }
             for (row, y) in y.iter_rows_mut().enumerate() {
                 let a_params = a.params(row, 0);
                 let mut sum = 0_i64;
                 for (j, (&code, &a)) in codes.iter().zip(a.row(row).unwrap_or(&[])).enumerate() {
                     let group = j / group_size;
-                    let zero = self.weight.params(i / block_rows, group).zero as i64;
-                    let w = (i64::from(code) - zero) * i64::from(group_scales[group]);
+                    let w = (i64::from(code) - zeros[group]) * i64::from(group_scales[group]);
                     sum += w * (i64::from(a) - a_params.zero as i64);
                 }
-                let product = sum as f32 * step * a_params.scale;
+                // Added to 0, as groups are: no −0.
+                let product = (0.0 + sum as f32 * step) * a_params.scale;
                 y[i] = self.bias.as_ref().map_or(product, |b| product + b[i]);
             }
         }

@@ -6,7 +6,7 @@
 use core::marker::PhantomData;
 
 use lowbit_core::QuantType;
-use lowbit_dtypes::bf16;
+use lowbit_dtypes::{Overflow, Rounding, SmallFloat, bf16};
 
 use crate::{
     panel::{Meaning, NR, Panel, Zeros, part},
@@ -41,7 +41,7 @@ pub(crate) fn numbers(dtype: QuantType) -> Numbers {
             QuantType::Int { .. } => (i % 32) as f32 - if i % 32 < 16 { 0.0 } else { 32.0 },
             _ => dtype.level(i as u8),
         };
-        bf16::from_f32(level).to_bits()
+        bf16::from_f32_with(level, Rounding::NearestEven, Overflow::Saturate).to_bits()
     })
 }
 
@@ -77,18 +77,18 @@ impl<V: Bf16<L>, const L: usize> Convert<V, L> for Many<V::Many> {
     }
 }
 
-/// Codes whose differences from a zero are computed in f32, and are bfloat16 numbers.
+/// Integers whose differences from a zero are computed in f32, and are bfloat16 numbers.
 #[derive(Clone, Copy)]
-struct Decoded<D>(D);
+struct Subtracted;
 
-impl<V: Bf16<L>, D: Decode<V, L>, const L: usize> Convert<V, L> for Decoded<D> {
+impl<V: Bf16<L>, const L: usize> Convert<V, L> for Subtracted {
     #[inline(always)]
     fn convert(self, isa: V, codes: V::I32, zero: V::I32) -> [V::I32; 2] {
         let zero = isa.to_f32(zero);
-        let first = isa.bits(isa.sub(self.0.decode::<0>(isa, codes), zero));
-        let second = isa.bits(isa.sub(self.0.decode::<8>(isa, codes), zero));
-        let third = isa.bits(isa.sub(self.0.decode::<16>(isa, codes), zero));
-        let fourth = isa.bits(isa.sub(self.0.decode::<24>(isa, codes), zero));
+        let first = isa.bits(isa.sub(Integer.decode::<0>(isa, codes), zero));
+        let second = isa.bits(isa.sub(Integer.decode::<8>(isa, codes), zero));
+        let third = isa.bits(isa.sub(Integer.decode::<16>(isa, codes), zero));
+        let fourth = isa.bits(isa.sub(Integer.decode::<24>(isa, codes), zero));
         let upper = isa.splat_i32(-1 << 16);
         [
             isa.or(isa.shr(first, 16), isa.and(second, upper)),
@@ -156,15 +156,11 @@ macro_rules! with_codes {
             (Storage::Crumbs, _) => stored!(Crumbs, 1, 4, Few($isa.few($numbers))),
             (Storage::Bits6, Meaning::Float(_)) => stored!(Bits6, 3, 4, Many($isa.many($numbers))),
             (Storage::Bits5, Meaning::Float(_)) => stored!(Bits5, 5, 8, Many($isa.many($numbers))),
-            // Without a sign, the highest bit belongs to the exponent.
-            (Storage::Bytes, Meaning::Float(float)) if float.magnitude > 127 => {
-                stored!(Bytes, 1, 1, Decoded(*float))
-            }
             (Storage::Bytes, Meaning::Float(_)) => stored!(Bytes, 1, 1, Many($isa.many($numbers))),
-            (Storage::Bits6, _) => stored!(Bits6, 3, 4, Decoded(Integer)),
-            (Storage::Bits5, _) => stored!(Bits5, 5, 8, Decoded(Integer)),
+            (Storage::Bits6, _) => stored!(Bits6, 3, 4, Subtracted),
+            (Storage::Bits5, _) => stored!(Bits5, 5, 8, Subtracted),
             // Codes of tables have at most 4 bits.
-            (Storage::Bytes, _) => stored!(Bytes, 1, 1, Decoded(Integer)),
+            (Storage::Bytes, _) => stored!(Bytes, 1, 1, Subtracted),
         }
     }};
 }

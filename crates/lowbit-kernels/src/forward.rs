@@ -52,8 +52,8 @@ impl PackedLinear {
     /// is no positive finite number, [`Error::OutOfRange`] for a code of −128 in an int8 activation,
     /// [`Error::Unsupported`] for codes of another type than the layer quantizes to, for codes beside
     /// what is multiplied in f32 (transforms, outliers, adapters), for results other than f32 beside
-    /// outliers and adapters, and for [`Output::I32`] of a layer with f32 activations or more than
-    /// one group in a row. Otherwise as [`forward`](Linear::forward).
+    /// outliers and adapters, and for [`Output::I32`] of a layer with f32 or bfloat16 activations, with
+    /// integer scales, or with more than one group in a row. Otherwise as [`forward`](Linear::forward).
     ///
     /// # Example
     /// Two layers, with int8 between them:
@@ -283,7 +283,9 @@ impl PackedLinear {
                 } else {
                     first.multiply_f32(layers, x, outputs, ctx, threads, store, |to, x| {
                         for (to, x) in to.iter_mut().zip(x) {
-                            *to = to_bf16(*x).to_f32();
+                            let rounded =
+                                bf16::from_f32_with(*x, Rounding::NearestEven, Overflow::Saturate);
+                            *to = rounded.to_f32();
                         }
                     });
                 }
@@ -798,12 +800,6 @@ fn pad<T: Copy + Default>(
         copy(values, x);
         rest.fill(T::default());
     }
-}
-
-/// To the nearest; what lies beyond the largest number saturates.
-fn to_bf16(x: f32) -> bf16 {
-    let largest = bf16::MAX.to_f32();
-    bf16::from_f32(x.clamp(-largest, largest))
 }
 
 /// Bytes of the largest widened panel that one of `layers` needs.

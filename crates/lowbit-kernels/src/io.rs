@@ -108,7 +108,7 @@ pub enum Output<'a> {
         zero_point: u8,
     },
     /// `Σ (code − zero)·(a − zero_point)`, exactly, before scales and bias: of integer activations by
-    /// weights with one scale in a row.
+    /// weights with one scale in a row (and not [integer scales](lowbit_core::QuantScheme::has_integer_scales)).
     I32(MatMut<'a, i32>),
 }
 

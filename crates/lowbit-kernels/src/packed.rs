@@ -248,6 +248,9 @@ impl PackedLinear {
             },
             meaning,
         };
+        if one_sum && !matches!(packed.scales, PackedScales::TwoLevel { .. }) {
+            return refuse("integer scales that cannot be read".to_string());
+        }
         let mut row_codes = vec![0; if n == 0 { 0 } else { k }];
         let panel_words = steps * storage.words() * NR;
         let words: &mut [[u8; 4]] = bytemuck::cast_slice_mut(&mut packed.codes);
@@ -578,7 +581,10 @@ pub(crate) fn has_zeros_or_groups(scheme: ActivationScheme) -> bool {
 
 /// Do all groups of a row have one sum, as the reference says?
 fn has_one_sum(scheme: QuantScheme, activation: ActivationScheme) -> bool {
-    scheme.has_integer_scales() && !matches!(activation.scales, ActivationScales::PerTokenGroup(_))
+    // Bfloat16 has no integer sums.
+    scheme.has_integer_scales()
+        && activation != ActivationScheme::BF16
+        && !matches!(activation.scales, ActivationScales::PerTokenGroup(_))
 }
 
 /// Refuses codes of NaN and infinities.

@@ -37,7 +37,7 @@ pub(crate) struct Panel<'a> {
 const SIGNED: i32 = 128;
 
 impl<'a> Panel<'a> {
-    /// Of a panel with one sum, what multiplies bytes of [`scaled`](Self::scaled) codes: one group.
+    /// Of a panel with one sum, what multiplies [scaled](crate::tile::widen) codes: one group.
     #[inline(always)]
     pub(crate) fn of_scaled(&self, codes: &'a [u8]) -> Self {
         let scales = match self.scales {
@@ -130,6 +130,8 @@ impl Meaning {
     pub(crate) fn of(dtype: QuantType) -> Option<Self> {
         match dtype {
             QuantType::Int { .. } => Some(Self::Int),
+            // Without a sign, the highest of 8 bits would belong to the exponent, and code 0 of E8M0 is not 0.
+            QuantType::Float(format) if dtype.bits() > 4 && !format.is_signed() => None,
             QuantType::Float(format) if dtype.bits() > 4 => {
                 let fraction = format.fraction_bits();
                 let magnitude = fraction + format.exponent_bits();

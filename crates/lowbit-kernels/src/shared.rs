@@ -68,7 +68,8 @@ pub fn forward_shared(
 
 impl PackedLinear {
     /// Can [`forward_shared`] compute both layers? They must be packed for the same kernel and have the same
-    /// in_features, transforms, activation scheme, outlier features and groups.
+    /// in_features, transforms, activation scheme, outlier features and groups, and both or none of them integer
+    /// scales beside integer activations.
     ///
     /// # Errors
     /// [`Error::Unsupported`] naming the first thing in which they differ.

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use lowbit_core::testing::{Family, LinearProblem, Promise, strategies};
 use lowbit_core::{
     ActivationScales, ActivationScheme, ActivationType, Adapter, Context, Error, Format,
-    Granularity, Linear, Mat, OutlierColumns, Outliers, QActivations, QLinear, QMatrix,
+    Granularity, Levels, Linear, Mat, OutlierColumns, Outliers, QActivations, QLinear, QMatrix,
     QuantScheme, QuantType, ScaleFormat, SparseRows, Transform, TwoLevel, ZeroFormat,
     encode_row_int8, encode_row_uint8, f16, presets,
 };
@@ -605,6 +605,7 @@ fn a_row_has_the_same_bits_in_every_batch() {
         (affine, int8),
         (QuantScheme { scale_format: integer_scales, ..affine }, int8),
         (affine, Some(ActivationScheme::BF16)),
+        (QuantScheme { scale_format: integer_scales, ..affine }, Some(ActivationScheme::BF16)),
         (presets::fp8(Format::F8E4M3, Granularity::PerChannel).0, Some(ActivationScheme::BF16)),
     ] {
         let problem = Problem {
@@ -825,27 +826,47 @@ fn sums_of_integer_scales_are_not_given_out_as_integers() {
     assert_eq!(y.data(), [7]);
 }
 
-/// Codes around 127, which is 1, so that some have their highest bit set.
 #[test]
-fn the_highest_bit_of_a_float_without_a_sign_belongs_to_its_exponent() {
-    let (n, k) = (3, 40);
+fn weights_in_floats_without_a_sign_are_refused() {
     let e8m0 = QuantType::Float(Format::F8E8M0);
+    let scheme = QuantScheme::levels(e8m0, Granularity::PerChannel);
+    let w = Mat::from_fn(3, 40, |_, c| c as f32);
+    let layer = QLinear::new(QMatrix::quantize(w.as_ref(), scheme).unwrap());
+    for activation in [None, Some(ActivationScheme::BF16)] {
+        let error = PackedLinear::new(&layer.clone().with_activation(activation)).unwrap_err();
+        assert!(error.to_string().contains("exponent_bits: 8"), "{error}");
+    }
+}
+
+#[test]
+fn levels_beyond_bfloat16_saturate() {
+    let table = Levels::new(&[3.4e38, 1.0, -1.0, 0.0]).unwrap();
     let scheme = QuantScheme {
         scale_format: ScaleFormat::F32,
-        ..QuantScheme::levels(e8m0, Granularity::PerChannel)
+        ..QuantScheme::levels(QuantType::Table(table), Granularity::PerChannel)
     };
-    let codes: Vec<u8> = (0..n * k).map(|i| 120 + (i % 16) as u8).collect();
-    let scales: Vec<u8> = [1.0_f32; 3].iter().flat_map(|scale| scale.to_le_bytes()).collect();
-    let q = QMatrix::from_parts(n, k, scheme, codes, scales, None).unwrap();
-    assert_eq!(
-        q.dequantize().data()[..16],
-        core::array::from_fn::<f32, 16, _>(|i| 2_f32.powi(i as i32 - 7))
-    );
-    for activation in [None, Some(ActivationScheme::BF16)] {
-        for m in [1, 20] {
-            let x = Family::Normal.matrix(m, k, 4);
-            check(QLinear::new(q.clone()).with_activation(activation), x);
-        }
+    let scale = 1e-38_f32.to_le_bytes().to_vec();
+    let q = QMatrix::from_parts(1, 5, scheme, vec![0b1110_0100, 0], scale, None).unwrap();
+    let layer = QLinear::new(q).with_activation(Some(ActivationScheme::BF16));
+    for x in [0.0, 0.01] {
+        check(layer.clone(), Mat::from_fn(1, 5, |_, _| x));
+    }
+}
+
+/// A negative step and activations of 0: sums of 0 that might be −0.
+#[test]
+fn a_sum_of_nothing_is_not_negative() {
+    let scheme = QuantScheme {
+        scale_format: ScaleFormat::TwoLevel(TwoLevel::integer(4)),
+        ..QuantScheme::symmetric(4, Granularity::PerGroup(16))
+    };
+    for step in [-1.0_f32, 0.0] {
+        let mut scales = vec![0x11];
+        scales.extend(step.to_le_bytes());
+        let q = QMatrix::from_parts(1, 32, scheme, vec![0; 16], scales, None).unwrap();
+        let int8 = QLinear::new(q).with_activation(Some(ActivationScheme::INT8_PER_TOKEN));
+        check(int8.clone(), Mat::zeros(2, 32));
+        check(int8, Mat::from_fn(2, 32, |_, _| 1.0));
     }
 }
 

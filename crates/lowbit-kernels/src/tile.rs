@@ -174,7 +174,7 @@ pub(crate) fn int8<
     let group = if panel.groups > 1 { panel.padded_group() } else { usize::MAX };
     if panel.one_sum {
         match panel.storage {
-            Storage::Bytes => tiles!(Bytes, 1, 1, SCALED,),
+            Storage::Bytes => tiles!(Bytes, 1, 1, SCALED, R3),
             Storage::Bits6 => tiles!(Bits6, 3, 4, SCALED, R3),
             Storage::Bits5 => tiles!(Bits5, 5, 8, SCALED, R3),
             Storage::Nibbles => tiles!(Nibbles, 1, 2, SCALED, R2, R3),

@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 
 use anyhow::{Result, bail};
 use lowbit::{
-    Outliers, QLinear, QuantType, ScaleFormat, TwoLevel, ZeroFormat,
+    Granularity, Outliers, QLinear, QuantType, ScaleFormat, TwoLevel, ZeroFormat,
     dtypes::Format as Float,
     formats::{
         Error,
@@ -81,11 +81,20 @@ impl Format {
     /// Refuses a method whose layers of these shapes cannot be stored, as a small layer shows.
     pub(super) fn check(self, scheme: &Scheme, shapes: BTreeSet<(usize, usize)>) -> Result<()> {
         /// Numbers of outputs and of inputs that fit every convention; what matters of others is what is
-        /// left over.
+        /// left over, of whole groups too.
         const OUTPUTS: usize = 32;
         const INPUTS: usize = 512;
+        let group_size = match scheme.example(OUTPUTS, INPUTS)?.weight().scheme().granularity {
+            Granularity::PerGroup(size) => size,
+            _ => INPUTS,
+        };
+        let (mut gcd, mut rest) = (INPUTS, group_size);
+        while rest > 0 {
+            (gcd, rest) = (rest, gcd % rest);
+        }
+        let whole = (INPUTS / gcd).saturating_mul(group_size);
         let outputs = |n: usize| if n.is_multiple_of(OUTPUTS) { n.min(OUTPUTS) } else { n };
-        let inputs = |k: usize| if k < 2 * INPUTS { k } else { INPUTS + k % INPUTS };
+        let inputs = |k: usize| if k / 2 < whole { k } else { whole + k % whole };
         let small = |(n, k)| (outputs(n), inputs(k));
         for (n, k) in shapes.into_iter().map(small).collect::<BTreeSet<_>>() {
             let layer = scheme.example(n, k)?;

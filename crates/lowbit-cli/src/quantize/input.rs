@@ -36,7 +36,10 @@ impl Input {
             (Err(Error::Config { .. }), None) => {
                 let config: Value =
                     serde_json::from_slice(&model::read(&folder.join("config.json"))?)?;
-                ensure!(config.get("quantization_config").is_none(), "{name} {quantized}");
+                ensure!(
+                    config.get("quantization_config").is_none_or(Value::is_null),
+                    "{name} {quantized}"
+                );
                 let tensors = Tensors::open(folder)?;
                 let blocks = matrices(&tensors)?;
                 ensure!(!blocks.is_empty(), "{name}: there is no matrix X.N.Y.weight in it");

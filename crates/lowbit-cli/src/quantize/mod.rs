@@ -111,10 +111,11 @@ struct Report {
 
 pub(crate) fn run(options: &Options) -> Result<()> {
     let scheme = options.method.scheme()?;
-    if options.out.exists() {
+    if options.out.symlink_metadata().is_ok() {
         let out = options.out.display();
         bail!("{out} exists already; remove it or name another folder");
     }
+    options.calibration.check_used(&scheme.name, scheme.recipe.needs() > Needs::Nothing)?;
     let mut ctx = options.threads.context()?;
     let needs = scheme.recipe.needs();
     let why = match (needs, options.format) {
@@ -152,7 +153,8 @@ pub(crate) fn run(options: &Options) -> Result<()> {
         Some(run) => run.memory()?,
         None => streaming_memory(&input, &scheme, ctx.threads())?,
     };
-    eprintln!(
+    let _ = writeln!(
+        std::io::stderr(), // which may be closed
         "{} by {}: {} blocks, {} layers; needs up to {:.0} MiB of memory beside the mapped files",
         options.model.display(),
         scheme.name,
@@ -403,7 +405,8 @@ fn job(options: &Options, scheme: &Scheme, windows: Option<&Windows>) -> Result<
     let mut files = Vec::new();
     for entry in fs::read_dir(&model)? {
         let entry = entry?;
-        let data = entry.metadata()?;
+        // Of what a link leads to: caches of models are full of them.
+        let data = fs::metadata(entry.path())?;
         if !data.is_file() {
             continue;
         }
@@ -418,8 +421,13 @@ fn job(options: &Options, scheme: &Scheme, windows: Option<&Windows>) -> Result<
         "files": files,
         "method": scheme.name,
         "format": options.format.name(),
-        // Which tokens they are is remembered with the blocks.
-        "calibration": windows.map(|windows| (windows.len(), windows.predicted())),
+        "true_sequential": options.calibration.is_true_sequential(),
+        "calibration": windows.map(|windows| {
+            // FNV-1a, to tell texts apart.
+            let fnv = |hash: u64, token: &u32| (hash ^ u64::from(*token)).wrapping_mul(0x0100_0000_01b3);
+            let hash = windows.iter().flatten().fold(0xcbf2_9ce4_8422_2325, fnv);
+            (windows.len(), windows.predicted(), format!("{hash:016x}"))
+        }),
     }))
 }
 
@@ -468,7 +476,9 @@ fn finish(
             let index = json!({"metadata": {"total_size": bytes_after}, "weight_map": map});
             stage.write_json("model.safetensors.index.json", &index)?;
             let quantization = parts.iter().find_map(|part| part.quantization_config.clone());
-            config["quantization_config"] = quantization.unwrap_or(Value::Null);
+            if let Some(quantization) = quantization {
+                config["quantization_config"] = quantization;
+            }
         }
     }
     stage.write_json("config.json", &config)?;
@@ -530,7 +540,7 @@ fn copy_others(from: &Path, stage: &Stage) -> Result<()> {
         let name = entry.file_name().to_string_lossy().into_owned();
         let weights = [".safetensors", ".gguf", ".bin", ".pt", ".pth", ".index.json"];
         let skip = name == "config.json" || weights.iter().any(|end| name.ends_with(end));
-        if skip || !entry.file_type()?.is_file() {
+        if skip || !fs::metadata(entry.path())?.is_file() {
             continue;
         }
         let bytes = model::read(&entry.path())?;
@@ -568,6 +578,9 @@ fn print(options: &Options, report: &Report) -> Result<()> {
         errors("relative squared error of outputs", &|layer| layer.output_error),
     ] {
         line.map_or(Ok(()), |line| writeln!(to, "{line}"))?;
+    }
+    if report.calibration_tokens > 0 {
+        writeln!(to, "calibrated on {} tokens", report.calibration_tokens)?;
     }
     match &report.folded[..] {
         [] => {}

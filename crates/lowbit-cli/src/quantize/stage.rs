@@ -29,15 +29,27 @@ pub(super) struct Stage {
 impl Stage {
     /// Makes the folder for `out`, or opens one in which the same `job` was begun.
     pub(super) fn open(out: &Path, gguf: bool, job: &Value) -> Result<Self> {
-        let mut folder = out.as_os_str().to_os_string();
+        // Without a slash at its end.
+        let mut folder = out.components().collect::<PathBuf>().into_os_string();
         folder.push(".part");
         let stage = Self { folder: folder.into(), gguf };
         let name = stage.folder.display();
+        let parent = stage.folder.parent().filter(|parent| !parent.as_os_str().is_empty());
+        if let Some(parent) = parent.filter(|parent| !parent.is_dir()) {
+            bail!("{} is no folder: make it first", parent.display());
+        }
         if stage.folder.exists() {
             let begun = fs::read(stage.path("job.json")).ok();
             let begun: Option<Value> = begun.and_then(|text| serde_json::from_slice(&text).ok());
-            if begun.as_ref() != Some(job) {
-                bail!("{name} belongs to another model, method or format; remove it first");
+            let Some(begun) = begun else {
+                bail!(
+                    "{name} is there, and is no unfinished run; move it away or name another folder"
+                );
+            };
+            if let Some(key) = job.as_object().and_then(|job| {
+                job.iter().find(|(key, value)| begun.get(key) != Some(value)).map(|(key, _)| key)
+            }) {
+                bail!("{name} was begun with another {key}; remove it to begin anew");
             }
         } else {
             fs::create_dir(&stage.folder).with_context(|| format!("cannot make {name}"))?;
@@ -116,17 +128,18 @@ impl Stage {
         }
     }
 
-    /// Removes what only a continuation needs, and gives the folder the name `out`.
+    /// Gives the folder the name `out`, and removes what only a continuation needed.
     pub(super) fn rename(&self, out: &Path, blocks: usize) -> Result<()> {
         let (from, to) = (self.folder.display(), out.display());
-        if self.blocks().exists() {
-            fs::remove_dir_all(self.blocks())?;
+        fs::rename(&self.folder, out).map_err(|e| anyhow!("cannot rename {from} to {to}: {e}"))?;
+        let kept = out.join("blocks");
+        if kept.exists() {
+            fs::remove_dir_all(kept)?;
         }
         for index in 0..=blocks {
-            fs::remove_file(self.path(&report_name(index)))?;
+            fs::remove_file(out.join(report_name(index)))?;
         }
-        fs::remove_file(self.path("job.json"))?;
-        fs::rename(&self.folder, out).map_err(|e| anyhow!("cannot rename {from} to {to}: {e}"))
+        Ok(fs::remove_file(out.join("job.json"))?)
     }
 }
 
@@ -145,18 +158,18 @@ mod tests {
     fn a_part_is_there_when_its_file_is_and_a_folder_without_blocks_goes() {
         let folder = tempfile::tempdir().unwrap();
         let out = folder.path().join("out");
-        let stage = Stage::open(&out, false, &json!("a job")).unwrap();
+        let stage = Stage::open(&out, false, &json!({"method": "a"})).unwrap();
         let tensor = Tensor::f32("a", vec![1], &[1.0]);
         stage.write_part((0, 1), &Part::default(), &[tensor.view()]).unwrap();
         stage.discard_if_empty();
         assert!(!stage.folder.exists());
 
-        let stage = Stage::open(&out, false, &json!("a job")).unwrap();
+        let stage = Stage::open(&out, false, &json!({"method": "a"})).unwrap();
         assert!(stage.part(1, 1).is_none());
         stage.write_part((1, 1), &Part::default(), &[tensor.view()]).unwrap();
         stage.discard_if_empty();
-        assert!(Stage::open(&out, false, &json!("another job")).is_err());
-        let stage = Stage::open(&out, false, &json!("a job")).unwrap();
+        assert!(Stage::open(&out, false, &json!({"method": "b"})).is_err());
+        let stage = Stage::open(&out, false, &json!({"method": "a"})).unwrap();
         assert!(stage.part(1, 1).is_some());
         fs::remove_file(stage.path(&stage.part_name(1, 1))).unwrap();
         assert!(stage.part(1, 1).is_none());
