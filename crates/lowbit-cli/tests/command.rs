@@ -448,7 +448,7 @@ fn a_run_that_was_killed_continues_and_gives_the_same_bytes() {
     let other = args(&killed).into_iter().map(|arg| arg.replace("best-int4-g16", "int8"));
     let other: Vec<_> = other.collect();
     let other: Vec<_> = other.iter().map(String::as_str).collect();
-    refuses(&other, &["killed.part", "another model, method or format"]);
+    refuses(&other, &["killed.part", "begun with another"]);
 
     let run = |out: &Path| {
         let args = args(out);
@@ -531,9 +531,31 @@ fn quantize_refuses_before_it_writes() {
     refuses(&[&without[..], &["--bits", "4"]].concat(), &["smoothquant", "--bits"]);
     refuses(&quantize("gptq5", "lowbit"), &["gptq5", "gptq, awq, spqr or best"]);
     fs::create_dir(&part).unwrap();
-    refuses(&quantize("int8", "lowbit"), &["out.part", "remove it"]);
+    refuses(&quantize("int8", "lowbit"), &["int8", "--calibration"]);
+    refuses(&quantize("int8", "lowbit")[..8], &["out.part", "no unfinished run"]);
     fs::create_dir(out).unwrap();
     refuses(&quantize("int8", "lowbit"), &["out exists"]);
+    let nowhere = copy.file("nowhere/out/");
+    let nowhere = ["quantize", model, "--method", "int8", "--out", nowhere.to_str().unwrap()];
+    refuses(&nowhere, &["nowhere", "make it first"]);
+    refuses(&["eval", model, "--text", text, "--threads", "100000"], &["100000", "1024"]);
+}
+
+/// As the caches of models have them.
+#[cfg(unix)]
+#[test]
+fn files_behind_links_are_part_of_a_model() {
+    let copy = Copy::new();
+    let (links, out) = (copy.file("links"), copy.file("out/"));
+    fs::create_dir(&links).unwrap();
+    for name in ["config.json", "tokenizer.json", "model.safetensors"] {
+        std::os::unix::fs::symlink(copy.file(name), links.join(name)).unwrap();
+    }
+    let [links, out] = [&links, &out].map(|path| path.to_str().unwrap());
+    json(&["quantize", links, "--method", "int8", "--out", out, "--json"]);
+    let text = copy.file("text.txt");
+    fs::write(&text, "Once upon a time there was a little girl. She liked to play.").unwrap();
+    json(&["eval", out, "--text", text.to_str().unwrap(), "--json"]);
 }
 
 #[test]

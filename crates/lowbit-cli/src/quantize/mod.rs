@@ -115,7 +115,6 @@ pub(crate) fn run(options: &Options) -> Result<()> {
         let out = options.out.display();
         bail!("{out} exists already; remove it or name another folder");
     }
-    options.calibration.check_used(&scheme.name, scheme.recipe.needs() > Needs::Nothing)?;
     let mut ctx = options.threads.context()?;
     let needs = scheme.recipe.needs();
     let why = match (needs, options.format) {
@@ -128,6 +127,7 @@ pub(crate) fn run(options: &Options) -> Result<()> {
     let names = || blocks.iter().flatten();
     let shapes = names().map(|name| input.shape(name)).collect::<Result<BTreeSet<_>>>()?;
     options.format.check(&scheme, shapes)?;
+    options.calibration.check_used(&scheme.name, needs > Needs::Nothing)?;
     let windows = match input.checkpoint().filter(|_| needs > Needs::Nothing) {
         Some(checkpoint) => options.calibration.windows(checkpoint, Some(&options.model), true)?,
         None => None,
