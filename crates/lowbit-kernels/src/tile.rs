@@ -112,6 +112,7 @@ pub(crate) trait Isa<const L: usize>: Copy {
 
 /// How far ahead of its use a code is fetched where each is used by a few rows only: memory is all that
 /// counts then.
+#[cfg_attr(not(target_arch = "x86_64"), allow(dead_code, reason = "nothing is fetched elsewhere"))]
 pub(crate) const AHEAD: usize = 2048;
 
 /// The codes of a step: words of a panel's rows, in `H` parts of `NV` vectors.
