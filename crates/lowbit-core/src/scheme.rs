@@ -480,7 +480,7 @@ impl QuantScheme {
             return Err(Error::EmptyBlock { rows, cols });
         }
         if !matches!(self.dtype, QuantType::Int { .. }) && self.zero != ZeroFormat::None {
-            let what = format!("a zero of {:?} for {:?}", self.zero, self.dtype);
+            let what = format!("{} for {}", self.zero, self.dtype);
             return Err(Error::Unsupported { by: "a scheme", what });
         }
         for format in [Some(self.scale_format), self.zero.real()].into_iter().flatten() {
