@@ -12,6 +12,7 @@ mod outliers;
 mod plot;
 mod quantize;
 mod scheme;
+mod text;
 
 use std::{io::Write, num::NonZeroUsize, process::ExitCode, sync::Arc};
 
@@ -105,7 +106,7 @@ fn main() -> ExitCode {
 
 /// Writes to standard error, which may be closed or full: the exit code says it, too.
 fn complain(message: &str) {
-    let _ = writeln!(std::io::stderr(), "{message}");
+    let _ = writeln!(std::io::stderr(), "{}", text::message(message));
 }
 
 fn broken_pipe(e: &std::io::Error) -> bool {

@@ -61,8 +61,9 @@ impl Convention for Lowbit {
         }
         let core = |cause| layer.error(header.file, cause);
         let shape = json.get("shape")?.list()?;
-        let [Ok(n), Ok(k)] = [0, 1].map(|i| shape.get(i).map_or(Ok(0), |size| size.size())) else {
-            return Err(header.error("expected a shape of two sizes".into()));
+        let size = |i: usize| shape.get(i).map_or(Ok(0), |size| size.size());
+        let [Ok(n @ 1..), Ok(k @ 1..)] = [0, 1].map(size) else {
+            return Err(header.error("expected a shape of two sizes of 1 or more".into()));
         };
         let scheme = scheme(json.get("scheme")?)?;
         let bytes = |part: &str| {
