@@ -46,9 +46,8 @@ fn read_by(readers: &[&str], format: &str, methods: &[&[&str]]) {
         write_weights(&out, &weights);
         for reader in readers {
             let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/readers.py");
-            let python = Command::new("python3")
-                .args([&script, Path::new(reader), &out, &weights])
-                .output();
+            let python =
+                Command::new("python3").args([&script, Path::new(reader), &out, &weights]).output();
             let Ok(output) = python else {
                 eprintln!("skipped {reader}: there is no python3");
                 continue;
@@ -82,8 +81,7 @@ fn compressed_tensors_and_transformers_read_integers() {
 #[test]
 fn compressed_tensors_and_transformers_read_floats() {
     let readers = ["compressed-tensors", "transformers"];
-    let methods: [&[&str]; 5] =
-        [&["fp8"], &["mxfp8"], &["fp8-128x128"], &["mxfp4"], &["nvfp4"]];
+    let methods: [&[&str]; 5] = [&["fp8"], &["mxfp8"], &["fp8-128x128"], &["mxfp4"], &["nvfp4"]];
     read_by(&readers, "compressed-tensors", &methods);
 }
 

@@ -104,6 +104,7 @@ impl Format {
             let instead = match self.instead(&layer, shapes) {
                 Some(options) if family => format!("{options} would do, or --format lowbit"),
                 Some(options) => format!("{FAMILIES} with {options} would do, or --format lowbit"),
+                None if self == Self::Fp8 => "--method fp8-128x128 would do".into(),
                 None => "--format lowbit can".into(),
             };
             bail!("--format {format} cannot hold what {method} makes: {reason}; {instead}");
