@@ -1,14 +1,15 @@
 """Reads what `lowbit quantize` has written as the programs do that define the formats, and compares.
 
-usage: python3 readers.py READER FOLDER WEIGHTS
+usage: python3 readers.py READER FOLDER…
 
-FOLDER is what `lowbit quantize` has made; WEIGHTS is a safetensors file with the weights that lowbit computes with:
-`X.weight` in f32 for each linear layer X. Every weight must agree within a millionth of the largest of its layer.
+FOLDER is what `lowbit quantize` has made. Beside it lies FOLDER.weights with the weights that lowbit computes with: a
+safetensors file of `X.weight` in f32 for each linear layer X. Every weight must agree within a millionth of the largest of its layer, or within
+a rounding to bfloat16 where the reader ends in that type.
 
 READER is one of:
 
 compressed-tensors  compressed-tensors' own decompression of each layer, and which layers its configuration covers
-transformers        the logits of the model that transformers loads, against those of the same model with WEIGHTS
+transformers        the logits of the model that transformers loads, against those of the same model with these weights
 bitsandbytes        bitsandbytes' own dequantization
 autoawq, autogptq   the layouts of these programs, written down here again in numpy: neither installs without a GPU
 gguf                the package gguf, with rows of q and k in the order of llama.cpp
@@ -69,12 +70,15 @@ def compressed_tensors(folder, layers):
 
 def transformers(folder, layers):
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM, CompressedTensorsConfig
 
-    # Scales of FP8 layers stay what they are: what is loaded computes in f32.
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    options, raw = {}, quantization(folder)
+    groups = raw.get("config_groups", {}).values()
+    if not all(group["weights"]["symmetric"] for group in groups):
+        # transformers 5.24 makes no place for packed zero-points unless layers are dequantized when they are loaded.
+        options["quantization_config"] = CompressedTensorsConfig(dequantize=True)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **options).eval()
     config = AutoConfig.from_pretrained(folder)
-    method = quantization(folder)["quant_method"]
     del config.quantization_config
     expected = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     tensors = load(folder)
@@ -88,11 +92,9 @@ def transformers(folder, layers):
     with torch.no_grad():
         got, want = model(tokens).logits.float(), expected(tokens).logits
     error = ((got - want).norm() / want.norm()).item()
-    # Without a GPU transformers rounds FP8 weights to bfloat16, and compressed-tensors multiplies in the
-    # type of the scales.
-    most = 2e-2 if method == "fp8" else 2e-3
-    assert error < most, f"logits differ by {error}"
-    print(f"logits of transformers agree within {error:.1e}")
+    # compressed-tensors rounds weights to the type of their scales, f16 or bfloat16.
+    assert error < 2e-3, f"logits differ by {error}"
+    print(f"{Path(folder).name}: logits agree within {error:.1e}")
     return []
 
 
@@ -201,29 +203,36 @@ READERS = {
 }
 
 
-def main(reader, folder, weights):
+def main(reader, *folders):
     from importlib.metadata import PackageNotFoundError, version
 
+    try:
+        print(f"{reader} {version(reader)}")
+    except PackageNotFoundError:
+        print(reader)
+    for folder in folders:
+        compare(reader, folder)
+
+
+def compare(reader, folder):
     import torch
     from safetensors.torch import load_file
 
-    layers = {name.removesuffix(".weight"): weight for name, weight in load_file(weights).items()}
+    weights = load_file(folder + ".weights")
+    layers = {name.removesuffix(".weight"): weight for name, weight in weights.items()}
     count, largest = 0, 0.0
     for layer, got in READERS[reader](folder, layers):
-        want, got = layers[layer], torch.as_tensor(got).float()
+        want, got = layers[layer], torch.as_tensor(got)
+        # NVFP4 of compressed-tensors ends in bfloat16.
+        most = 2**-9 if got.dtype == torch.bfloat16 else 1e-6
+        got = got.float()
         assert got.shape == want.shape, (layer, got.shape, want.shape)
         error = ((got - want).abs().max() / want.abs().max()).item()
-        assert error < 1e-6, f"{layer}: weights differ by {error}"
+        assert error < most, f"{layer}: weights differ by {error}"
         count, largest = count + 1, max(largest, error)
-    try:
-        by = f"{reader} {version(reader)}"
-    except PackageNotFoundError:
-        by = reader
     if count:
         assert count == len(layers)
-        print(f"{by}: {count} layers agree within {largest:.1e}")
-    else:
-        print(by)
+        print(f"{Path(folder).name}: {count} layers agree within {largest:.1e}")
 
 
 if __name__ == "__main__":

@@ -32,8 +32,9 @@ fn write_weights(folder: &Path, to: &Path) {
 #[track_caller]
 fn read_by(readers: &[&str], format: &str, methods: &[&[&str]]) {
     let folder = TempDir::new().unwrap();
-    for (i, method) in methods.iter().enumerate() {
-        let out = folder.path().join(format!("out{i}"));
+    let mut made = Vec::new();
+    for method in methods {
+        let out = folder.path().join(method.join(" "));
         let output = Command::new(env!("CARGO_BIN_EXE_lowbit"))
             .args([Path::new("quantize"), &model(), "--format".as_ref(), format.as_ref()])
             .args([Path::new("--out"), &out, "--method".as_ref()])
@@ -42,23 +43,22 @@ fn read_by(readers: &[&str], format: &str, methods: &[&[&str]]) {
             .unwrap();
         let said = String::from_utf8_lossy(&output.stderr);
         assert!(output.status.success(), "{method:?}: {said}");
-        let weights = folder.path().join("weights.safetensors");
-        write_weights(&out, &weights);
-        for reader in readers {
-            let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/readers.py");
-            let python =
-                Command::new("python3").args([&script, Path::new(reader), &out, &weights]).output();
-            let Ok(output) = python else {
-                eprintln!("skipped {reader}: there is no python3");
-                continue;
-            };
-            let printed = String::from_utf8_lossy(&output.stdout);
-            let said = String::from_utf8_lossy(&output.stderr);
-            match output.status.code() {
-                Some(0) => eprintln!("{format} {}: {}", method.join(" "), printed.trim()),
-                Some(3) => eprintln!("skipped {reader}: {}", printed.trim()),
-                _ => panic!("{format} {method:?} by {reader}: {printed}{said}"),
-            }
+        write_weights(&out, &folder.path().join(method.join(" ") + ".weights"));
+        made.push(out);
+    }
+    for reader in readers {
+        let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/readers.py");
+        let python = Command::new("python3").arg(script).arg(reader).args(&made).output();
+        let Ok(output) = python else {
+            eprintln!("skipped {reader}: there is no python3");
+            continue;
+        };
+        let printed = String::from_utf8_lossy(&output.stdout);
+        let said = String::from_utf8_lossy(&output.stderr);
+        match output.status.code() {
+            Some(0) => eprintln!("{format}: {}", printed.trim()),
+            Some(3) => eprintln!("skipped {reader}: {}", printed.trim()),
+            _ => panic!("{format} by {reader}: {printed}{said}"),
         }
     }
 }

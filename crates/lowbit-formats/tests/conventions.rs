@@ -453,7 +453,8 @@ fn what_a_convention_cannot_hold_is_refused_by_name() {
     let e5m2 = QuantType::Float(Format::F8E5M2);
     let e5m2 = levels(e5m2, Granularity::PerChannel, ScaleFormat::F32);
     let in_groups = "rows of 72 in groups of 32, only groups that divide rows";
-    let all: [(&dyn Convention, &QLinear, &str); 19] = [
+    let int8_only = layer(8, 64, QuantScheme::symmetric(8, Granularity::PerChannel));
+    let all: [(&dyn Convention, &QLinear, &str); 20] = [
         (&Awq::default(), &rest, in_groups),
         (&gemv, &rest, in_groups),
         (&CompressedPacked::default(), &rest, in_groups),
@@ -475,6 +476,7 @@ fn what_a_convention_cannot_hold_is_refused_by_name() {
         (&gemv, &odd, "63 inputs, only multiples of 8"),
         (&int8, &int4, "anything but 8 bits, symmetric, a scale per channel"),
         (&CompressedInt::default(), &int4, "anything but codes of 8 bits"),
+        (&CompressedInt::default(), &int8_only, "inputs in f32, which are for pack-quantized"),
         (&CompressedPacked::default(), &hadamard, "a transform of the input"),
         (&Ggml, &odd, "rows of 63 in Q4_0, only multiples of 32"),
     ];
@@ -489,6 +491,9 @@ fn the_convention_is_found_in_the_configuration_that_it_writes() {
     let int4 = layer(64, 64, QuantScheme::affine(4, Granularity::PerGroup(32)));
     let int8 = layer(64, 64, QuantScheme::symmetric(8, Granularity::PerChannel));
     let w8a8 = int8.clone().with_activation(Some(ActivationScheme::INT8_PER_TOKEN));
+    let scales = ActivationScales::Static { scale: 0.5, zero_point: 0 };
+    let fixed = ActivationScheme { dtype: ActivationType::Int8, scales };
+    let fixed = int8.clone().with_activation(Some(fixed));
     let nf4 = levels(QuantType::NF4, Granularity::PerGroup(32), ScaleFormat::F32);
     let e4m3 = QuantType::Float(Format::F8E4M3);
     let fp8 = levels(e4m3, Granularity::PerBlock(32, 32), ScaleFormat::Bf16);
@@ -516,7 +521,7 @@ fn the_convention_is_found_in_the_configuration_that_it_writes() {
         (&Awq::default(), &int4),
         (&Awq { version: AwqVersion::Gemv, group_size: None }, &int4),
         (&CompressedPacked::default(), &int4),
-        (&CompressedInt { dynamic: false }, &int8),
+        (&CompressedInt { dynamic: false }, &fixed),
         (&CompressedInt { dynamic: true }, &w8a8),
     ];
     for (convention, layer) in all {
@@ -608,7 +613,7 @@ fn conventions() -> Vec<(Box<dyn Convention>, Vec<QuantScheme>)> {
         (Box::new(Gptq::default()), schemes(&[2, 3, 4, 8], &symmetric)),
         (Box::new(Awq::default()), schemes(&[4], &both)),
         (Box::new(CompressedPacked::default()), schemes(&[1, 2, 3, 4, 5, 6, 7, 8], &both)),
-        (Box::new(CompressedInt::default()), schemes(&[8], &both)),
+        (Box::new(CompressedInt { dynamic: true }), schemes(&[8], &both)),
         (
             Box::new(Ggml),
             vec![
@@ -622,6 +627,12 @@ fn conventions() -> Vec<(Box<dyn Convention>, Vec<QuantScheme>)> {
             ],
         ),
     ]
+}
+
+/// With the inputs that a convention asks for.
+fn with_inputs(convention: &dyn Convention, layer: QLinear) -> QLinear {
+    let inputs = convention.name().ends_with("int-quantized");
+    layer.with_activation(inputs.then_some(ActivationScheme::INT8_PER_TOKEN))
 }
 
 proptest! {
@@ -644,7 +655,7 @@ proptest! {
         });
         let weight = QMatrix::quantize(w.as_ref(), scheme).unwrap();
         let bias = bias.then(|| (0..n).map(|i| i as f32).collect());
-        let layer = QLinear::new(weight).with_bias(bias).unwrap();
+        let layer = with_inputs(&**convention, QLinear::new(weight).with_bias(bias).unwrap());
         let tensors = convention.write(&layer, "l").unwrap();
         prop_assert!(convention.holds(&tensors, "l"));
         let read = convention.read(&tensors, "l").unwrap();
@@ -686,6 +697,7 @@ proptest! {
     ) {
         let (convention, schemes) = &conventions()[convention];
         let layer = layer(16, 64, schemes[scheme.index(schemes.len())]);
+        let layer = with_inputs(&**convention, layer);
         let mut tensors = convention.write(&layer, "l").unwrap();
         let at = tensor.index(tensors.len());
         let types = [Dtype::F32, Dtype::F16, Dtype::I8, Dtype::I32, Dtype::I64, Dtype::U8];

@@ -70,8 +70,8 @@ impl Format {
             (Self::Bnb, _) => Box::new(Bnb4),
             (Self::Fp8, _) => Box::new(Fp8 { block, divides: false }),
             (Self::Gguf, _) => Box::new(Ggml),
-            (Self::CompressedTensors, QuantType::Int { bits: 8 }) => {
-                Box::new(CompressedInt { dynamic: !plain })
+            (Self::CompressedTensors, QuantType::Int { bits: 8 }) if !plain => {
+                Box::new(CompressedInt { dynamic: true })
             }
             (Self::CompressedTensors, QuantType::Float(Float::F4E2M1)) => {
                 match scheme.scale_format == two_level {

@@ -196,7 +196,8 @@ impl Convention for CompressedPacked {
     }
 }
 
-/// The format `int-quantized`: 8 bits, one a byte.
+/// The format `int-quantized`: 8 bits, one a byte, beside inputs that are quantized too. (Layers with inputs in f32 are
+/// written as [`CompressedPacked`].)
 ///
 /// # Example
 /// ```
@@ -294,16 +295,16 @@ impl Convention for CompressedInt {
             tensors.push(writer.tensor("weight_zero_point", Dtype::I8, &shape, zeros));
         }
         match layer.activation() {
-            None if !self.dynamic => {}
+            None => {
+                // Its readers look for `weight_packed` then (0.20.1).
+                return Err(writer.unsupported("inputs in f32, which are for pack-quantized"));
+            }
             Some(ActivationScheme::INT8_PER_TOKEN) if self.dynamic => {}
             Some(ActivationScheme {
                 dtype: ActivationType::Int8,
                 scales: ActivationScales::Static { scale, .. },
             }) => tensors.push(Tensor::f32(format!("{name}.input_scale"), vec![1], &[scale])),
-            other => {
-                let what = other.map_or_else(|| "f32".into(), |other| other.to_string());
-                return Err(writer.unsupported(format!("inputs of {what}")));
-            }
+            Some(other) => return Err(writer.unsupported(format!("inputs of {other}"))),
         }
         tensors.extend(writer.bias());
         Ok(tensors)
@@ -320,7 +321,7 @@ impl Convention for CompressedInt {
             (false, true) => json!({
                 "num_bits": 8, "type": "int", "symmetric": true, "strategy": "tensor", "dynamic": false
             }),
-            (false, false) => Value::Null,
+            (false, false) => Value::Null, // which is not written
         };
         Some(integers("int-quantized", layer, input))
     }
