@@ -76,6 +76,7 @@ fn compressed_tensors_and_transformers_read_integers() {
             &["int8"],
         ],
     );
+    read_by(&["compressed-tensors"], "compressed-tensors", &[&["w8a8"]]);
 }
 
 #[test]
