@@ -33,7 +33,7 @@ impl Input {
                 }
                 Ok(Self::Known(Box::new(checkpoint)))
             }
-            (Err(Error::Config { .. }), None) => {
+            (Err(e), None) if !concerns_weights(&e) => {
                 let config: Value =
                     serde_json::from_slice(&model::read(&folder.join("config.json"))?)?;
                 ensure!(
@@ -108,6 +108,15 @@ impl Input {
                 Ok(LinearWeights { name: layer.into(), weight, bias })
             }
         }
+    }
+}
+
+/// Is it something else than what the model computes, or how it reads texts?
+fn concerns_weights(error: &Error) -> bool {
+    match error {
+        Error::Config { .. } | Error::Tokenizer { .. } => false,
+        Error::Io { path, .. } => !path.ends_with("tokenizer.json"),
+        _ => true,
     }
 }
 
