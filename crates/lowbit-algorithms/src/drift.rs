@@ -9,7 +9,7 @@
 //! W' = W + W·C·H⁻¹      ‖W·x̃ − Q·x‖² = ‖W'·x − Q·x‖² + a constant
 //! ```
 //!
-//! where H is damped by 1 %. A layer whose output is added to a residual stream r can also make up
+//! where H is damped by 1 %, and by ten times more as often as it has no Cholesky factor. A layer whose output is added to a residual stream r can also make up
 //! for what that stream has lost, `B = Σ (r̃ − r)ᵀx`: `W' = W + (W·C + B)·H⁻¹`. Going a part of the
 //! way serves unseen text better than all of it.
 
@@ -126,7 +126,7 @@ impl Drift {
     ///
     /// # Errors
     /// [`Error::Shape`] if `w` is not of this layer, [`Error::Parameter`] for a share that is not a number
-    /// of 0 or more, and those of a calibration without a second moment or of another width.
+    /// of 0 or more or where no damping makes the second moment positive, and those of a calibration without a second moment or of another width.
     pub fn shift(
         &self,
         w: MatRef<'_, f32>,
@@ -152,17 +152,25 @@ impl Drift {
             Some(residual) => residual.clone(),
             None => zeros(n, k)?,
         };
-        for j in 0..k {
-            h.data_mut()[j * k + j] += 0.01 * mean;
-        }
+        let diagonal: Vec<_> = (0..k).map(|j| h.data()[j * k + j]).collect();
         on_pool(ctx, |par| {
             let mut to = faer::MatMut::from_row_major_slice_mut(target.data_mut(), n, k);
             matmul(to.rb_mut(), Accum::Add, view(&wide), view(&self.input), 1.0, par);
-            let factor = view(&h).llt(faer::Side::Lower);
-            if let Ok(factor) = factor {
-                factor.solve_in_place(to.transpose_mut());
+            let mut damping = 0.01;
+            // With many times the mean on its diagonal any H has a factor.
+            while damping < 1e9 {
+                for (j, x) in diagonal.iter().enumerate() {
+                    h.data_mut()[j * k + j] = x + damping * mean;
+                }
+                if let Ok(factor) = view(&h).llt(faer::Side::Lower) {
+                    factor.solve_in_place(to.transpose_mut());
+                    return Ok(());
+                }
+                damping *= 10.0;
             }
-        });
+            let expected = "a share with which the second moment has a factor";
+            Err(Error::Parameter { what: "damping", value: damping, expected })
+        })?;
         Ok(Mat::from_fn(n, k, |r, c| {
             (wide.data()[r * k + c] + share * target.data()[r * k + c]) as f32
         }))

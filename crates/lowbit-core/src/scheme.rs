@@ -315,9 +315,9 @@ pub enum ZeroFormat {
     Midpoint,
     /// An integer `Z` of `bits` bits for each block. Real 0 has a code of its own.
     Int,
-    /// A real `Z` for each block.
+    /// A real `Z` for each block; not in E8M0, which has no 0.
     Real(ScaleFormat),
-    /// An offset `O` for each block, in the unit of the weights.
+    /// An offset `O` for each block, in the unit of the weights; not in E8M0.
     Offset(ScaleFormat),
 }
 
@@ -512,6 +512,11 @@ impl QuantScheme {
         if !matches!(self.dtype, QuantType::Int { .. }) && self.zero != ZeroFormat::None {
             let what = format!("a zero of {:?} for {:?}", self.zero, self.dtype);
             return Err(Error::Unsupported { by: "a scheme", what });
+        }
+        if self.zero.real() == Some(ScaleFormat::E8m0) {
+            let what =
+                "zeros or offsets in E8M0, which has neither 0 nor negative numbers; use f16";
+            return Err(Error::Unsupported { by: "a scheme", what: what.into() });
         }
         for format in [Some(self.scale_format), self.zero.real()].into_iter().flatten() {
             if let ScaleFormat::TwoLevel(two) = format {
