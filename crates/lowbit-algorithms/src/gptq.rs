@@ -163,7 +163,7 @@ impl Quantizer for Gptq {
             plan.memory.saturating_add(of_weights).saturating_add(of_inputs.saturating_mul(10));
         let mut bytes = plan.bytes;
         if self.order == Order::Sorted {
-            bytes += permutation(&(0..in_features).collect::<Vec<_>>())?.bytes();
+            bytes += 4 * in_features;
         }
         Ok(Plan { memory, bytes, ..plan })
     }
@@ -318,10 +318,7 @@ impl Solver<'_> {
                         bands.iter_mut().try_for_each(|band| sweeps.refit(band))
                     })?;
                 }
-                for_each(&mut bands, ctx, |bands| {
-                    sweeps.descend(bands);
-                    Ok(())
-                })?;
+                for_each(&mut bands, ctx, |bands| sweeps.descend(bands))?;
             }
             if gptq.refits > 0 && grid.can_refit {
                 let exact = grid.take(&bands, n);
@@ -590,7 +587,7 @@ impl Pass<'_> {
             if !self.fixed && (start + from).is_multiple_of(self.grid.cols) {
                 self.fit(band, b, from, &y)?;
             }
-            Arch::new().dispatch(Run {
+            let finite = Arch::new().dispatch(Run {
                 levels: self.levels,
                 grids: &band.grids[group],
                 block,
@@ -605,6 +602,7 @@ impl Pass<'_> {
                 importance: &self.importance[start..end],
                 threshold: self.threshold.unwrap_or(f32::INFINITY),
             });
+            check_compensated(&finite, band, start + from)?;
             from += same;
         }
         Ok(())
@@ -664,6 +662,17 @@ impl Pass<'_> {
     }
 }
 
+/// Refuses sums beyond f32, as [`Run`] and [`Descend`] give them from column `col` on.
+fn check_compensated(finite: &Lanes, band: &Band, col: usize) -> Result<()> {
+    match finite[..band.rows].iter().position(|finite| finite.is_nan()) {
+        Some(lane) => {
+            let (what, row) = ("compensated weight", band.first + lane);
+            Err(Error::NotFinite { what, row, col })
+        }
+        None => Ok(()),
+    }
+}
+
 /// The same error at the block that begins there.
 pub(crate) fn at_block(error: Error, row: usize, col: usize) -> Error {
     match error {
@@ -720,12 +729,12 @@ impl<'a> Sweeps<'a> {
     }
 
     /// Codes by coordinate descent, from the last column to the first.
-    fn descend(&self, bands: &mut [Band]) {
+    fn descend(&self, bands: &mut [Band]) -> Result<()> {
         for block in self.h.blocks.iter().rev() {
             let (start, end) = (block.start, block.end);
             for band in &mut *bands {
                 let mut y = block.product(&band.d);
-                Arch::new().dispatch(Descend {
+                let finite = Arch::new().dispatch(Descend {
                     levels: self.levels,
                     grids: &band.grids,
                     group: &self.groups[start..end],
@@ -737,8 +746,10 @@ impl<'a> Sweeps<'a> {
                     kept: &band.kept[start..end],
                     extra: &mut band.extra[start..end],
                 });
+                check_compensated(&finite, band, start)?;
             }
         }
+        Ok(())
     }
 
     /// The scales of each row by least squares under H, codes held: with `b = level − zero` in the

@@ -4,10 +4,11 @@ use std::{
     sync::{Arc, Mutex, PoisonError},
 };
 
+use faer::linalg::solvers::Llt;
 use lowbit_core::{Context, Result, Transform};
 
 use crate::{
-    Calibration,
+    Calibration, drift,
     feedback::Block,
     gptq::{Descent, panels},
     hessian::Hessian,
@@ -16,9 +17,10 @@ use crate::{
 /// The statistics of an input, and what is computed from them alone.
 ///
 /// q, k and v of an attention share their input, as gate and up of an MLP do. GPTQ factors the second
-/// moment of that input, `k³ / 3` operations for `k` channels, and a rotation turns it. Layers that are
-/// quantized by [`Quantizer::quantize_in_set`](crate::Quantizer::quantize_in_set) with one `InputSet`
-/// share both: the first one computes them, the others find them. The result is that of
+/// moment of that input, `k³ / 3` operations for `k` channels, [`Drift`](crate::Drift) does so again, and a
+/// rotation turns it. Layers that are quantized by
+/// [`Quantizer::quantize_in_set`](crate::Quantizer::quantize_in_set) with one `InputSet` share all of it:
+/// the first one computes it, the others find it. The result is that of
 /// [`Quantizer::quantize`](crate::Quantizer::quantize), bit for bit.
 ///
 /// Only the latest of each kind is kept, so that a set takes no more memory than a layer:
@@ -48,6 +50,7 @@ pub struct InputSet<'a> {
     elimination: Latest<EliminationKey, Elimination>,
     descent: Latest<DescentKey, Descent>,
     transformed: Latest<Vec<Transform>, InputSet<'static>>,
+    drift_factor: Latest<(), Option<Llt<f64>>>,
 }
 
 impl<'a> InputSet<'a> {
@@ -57,8 +60,13 @@ impl<'a> InputSet<'a> {
     }
 
     fn of(calibration: Cow<'a, Calibration>) -> Self {
-        let (elimination, descent) = (Latest::default(), Latest::default());
-        Self { calibration, elimination, descent, transformed: Latest::default() }
+        Self {
+            calibration,
+            elimination: Latest::default(),
+            descent: Latest::default(),
+            transformed: Latest::default(),
+            drift_factor: Latest::default(),
+        }
     }
 
     /// What is known of the input.
@@ -75,6 +83,11 @@ impl<'a> InputSet<'a> {
             }
             Ok(InputSet::of(Cow::Owned(calibration)))
         })
+    }
+
+    /// The factor that [`Drift`](crate::Drift) solves with.
+    pub(crate) fn drift_factor(&self, ctx: &mut Context) -> Result<Arc<Option<Llt<f64>>>> {
+        self.drift_factor.get((), || drift::factor(self.calibration(), ctx))
     }
 
     /// The coefficients of error feedback over `hessian`, which is of this input.

@@ -73,6 +73,7 @@ impl Quantizer for Obq {
         let calibration = inputs.calibration();
         let hessian = hessian(w, calibration, self.damping, self.uncalibrated, false)?;
         let Some(hessian) = hessian else { return nearest(w, self.scheme, &self.fit) };
+        let encoder = Encoder::new(self.scheme, &self.fit)?;
         let (n, k) = w.shape();
         let dead = &hessian.dead;
         let target =
@@ -83,7 +84,6 @@ impl Quantizer for Obq {
         let (inverse, damping) = inverse(&hessian, self.damping, ctx)?;
 
         let params = BlockParams::from(&rtn);
-        let encoder = Encoder::new(self.scheme, &self.fit)?;
         let ((block_rows, block_cols), (_, across)) = (rtn.block(), rtn.grid());
         let mut codes = vec![0; n * k];
         let rows: Vec<_> =

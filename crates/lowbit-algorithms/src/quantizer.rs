@@ -59,6 +59,12 @@ pub trait Quantizer: Send + Sync {
     /// Those of an impossible scheme; [`Error::TooLarge`](lowbit_core::Error::TooLarge).
     fn plan(&self, out_features: usize, in_features: usize) -> Result<Plan>;
 
+    /// May the layers that it makes have [outliers](lowbit_core::Outliers)? A layer holds one kind of
+    /// them: a [`Recipe`](crate::Recipe) refuses to add another before it does any work.
+    fn has_outliers(&self) -> bool {
+        false
+    }
+
     /// Which part, 0 to 1, of what the inputs have lost in the layers before this one the layer is
     /// meant to make up for: whoever has its [`Drift`](crate::Drift) hands over the weight of
     /// [`Drift::shift`](crate::Drift::shift) instead of its own.

@@ -18,7 +18,8 @@ use crate::{
 /// outliers     features beside the quantized product (LLM.int8())
 /// ```
 ///
-/// Every method of this crate is a recipe, and any other combination is one too. They are applied in
+/// Every method of this crate is a recipe, and any other combination is one too, but that a layer has one
+/// kind of outliers: known features and single weights beside each other are refused. They are applied in
 /// this order: each sees the weight and the statistics as those before it have left them.
 ///
 /// A scale of channels is the same for all layers that share an input, and vanishes where the layer
@@ -145,7 +146,8 @@ impl<'a> Recipe<'a> {
 impl Quantizer for Recipe<'_> {
     /// # Errors
     /// Those of its parts; [`Error::Unsupported`] for known outlier features behind a rotation, where the
-    /// range of a feature is not known.
+    /// range of a feature is not known, and for outlier features beside a rounding that keeps outliers of
+    /// its own, such as [`Spqr`](crate::Spqr) or another recipe.
     fn quantize_in_set(
         &self,
         w: MatRef<'_, f32>,
@@ -158,6 +160,13 @@ impl Quantizer for Recipe<'_> {
         {
             let what = "outlier features of calibration behind a rotation".into();
             return Err(Error::Unsupported { by: "a recipe", what });
+        }
+        let two_kinds = || {
+            let what = "outlier features beside a rounding that keeps outliers of its own: a layer holds one kind, leave one out";
+            Error::Unsupported { by: "a recipe", what: what.into() }
+        };
+        if self.outliers.is_some() && self.rounding.has_outliers() {
+            return Err(two_kinds());
         }
         let mut transforms = Vec::new();
         let mut alpha = None;
@@ -188,12 +197,15 @@ impl Quantizer for Recipe<'_> {
         }
         let Quantized { mut layer, mut report } =
             self.rounding.quantize_in_set(w.as_ref(), inputs, ctx)?;
-        report.alpha = alpha;
+        report.alpha = alpha.or(report.alpha);
         if self.activation.is_some() {
             layer = layer.with_activation(self.activation);
         }
         let own = layer.transforms().to_vec();
         if let Some(rule) = &self.outliers {
+            if layer.outliers().is_some() {
+                return Err(two_kinds());
+            }
             // Rounding may have ordered the features anew.
             let mut calibration = inputs.calibration().clone();
             for transform in &own {
@@ -235,6 +247,10 @@ impl Quantizer for Recipe<'_> {
             needs,
             ..plan
         })
+    }
+
+    fn has_outliers(&self) -> bool {
+        self.outliers.is_some() || self.rounding.has_outliers()
     }
 
     fn target_share(&self) -> f64 {

@@ -593,8 +593,9 @@ impl Work {
         ctx: &mut Context,
     ) -> Result<()> {
         let Some(drift) = drift else { return Ok(()) };
+        let inputs = InputSet::new(calibration);
         for i in SETS[set].clone() {
-            let shifted = drift.shift(self.weights[i].weight.as_ref(), calibration, share, ctx);
+            let shifted = drift.shift(self.weights[i].weight.as_ref(), &inputs, share, ctx);
             self.targets[i] = Some(shifted.map_err(self.error(i))?);
         }
         Ok(())
