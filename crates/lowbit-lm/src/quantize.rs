@@ -14,8 +14,8 @@
 use std::sync::Arc;
 
 use lowbit::{
-    Calibration, Context, Drift, Linear, Mat, MatRef, Needs, QLinear, Quantized, Quantizer, Recipe,
-    Report, Transform, relative_loss,
+    Calibration, Context, Drift, InputSet, Linear, Mat, MatRef, Needs, QLinear, Quantized,
+    Quantizer, Recipe, Report, Transform, relative_loss,
 };
 
 use crate::{
@@ -404,10 +404,10 @@ impl<'a> Quantization<'a> {
             // What no layer before can take is scaled at run time; the rest has vanished.
             let recipe = Recipe { scale: None, ..*self.recipe };
             for (seen, set) in statistics.iter().zip(group.clone()) {
+                let inputs = InputSet::new(&seen.calibration);
                 for i in SETS[set].clone() {
                     let before = leftover[set].clone();
-                    let (layer, report) =
-                        work.quantize(&recipe, i, &seen.calibration, before, ctx)?;
+                    let (layer, report) = work.quantize(&recipe, i, &inputs, before, ctx)?;
                     block.layers[i] = work.layer(i, make(&layer))?;
                     progress(&report);
                     layers.push((layer, report));
@@ -602,8 +602,9 @@ impl Work {
         ctx: &mut Context,
     ) -> Result<()> {
         let Some(drift) = drift else { return Ok(()) };
+        let inputs = InputSet::new(calibration);
         for i in SETS[set].clone() {
-            let shifted = drift.shift(self.weights[i].weight.as_ref(), calibration, share, ctx);
+            let shifted = drift.shift(self.weights[i].weight.as_ref(), &inputs, share, ctx);
             self.targets[i] = Some(shifted.map_err(self.error(i))?);
         }
         Ok(())
@@ -668,16 +669,17 @@ impl Work {
         &self,
         recipe: &Recipe<'_>,
         i: usize,
-        calibration: &Calibration,
+        inputs: &InputSet<'_>,
         before: Option<Transform>,
         ctx: &mut Context,
     ) -> Result<(QLinear, LayerReport)> {
         let LinearWeights { name, weight, bias } = &self.weights[i];
         let set = SETS.iter().position(|set| set.contains(&i)).unwrap_or(0);
+        let calibration = inputs.calibration();
         let quantize = |ctx: &mut Context| {
             let target = self.targets[i].as_ref().unwrap_or(weight);
             let Quantized { layer, mut report } =
-                recipe.quantize(target.as_ref(), calibration, ctx)?;
+                recipe.quantize_in_set(target.as_ref(), inputs, ctx)?;
             report.alpha = self.alphas[set];
             let error = match calibration.has_second_moment() && calibration.tokens() > 0 {
                 true => Some(relative_loss(weight.as_ref(), &layer, calibration, ctx)?),
