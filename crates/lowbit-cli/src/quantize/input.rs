@@ -44,7 +44,7 @@ impl Input {
                 let blocks = blocks.collect();
                 (Source::Known(Box::new(checkpoint)), blocks)
             }
-            (Err(Error::Config { .. }), None) => {
+            (Err(e), None) if !concerns_weights(&e) => {
                 let config: Value =
                     serde_json::from_slice(&model::read(&folder.join("config.json"))?)?;
                 ensure!(
@@ -159,6 +159,15 @@ impl Input {
                 Ok(LinearWeights { name: layer.into(), weight, bias })
             }
         }
+    }
+}
+
+/// Is it something else than what the model computes, or how it reads texts?
+fn concerns_weights(error: &Error) -> bool {
+    match error {
+        Error::Config { .. } | Error::Tokenizer { .. } => false,
+        Error::Io { path, .. } => !path.ends_with("tokenizer.json"),
+        _ => true,
     }
 }
 
