@@ -583,6 +583,9 @@ pub(crate) fn frequencies(c: &Config) -> Vec<f32> {
     (0..c.head_dim / 2)
         .map(|i| {
             let frequency = 1.0 / c.rope_theta.powf((2 * i) as f32 / c.head_dim as f32);
+            if let Some(factor) = c.rope_factors.as_ref().and_then(|factors| factors.get(i)) {
+                return frequency / factor;
+            }
             let Some(s) = c.rope_scaling else { return frequency };
             // 0 where the wave is long, 1 where it is short
             let turns = s.original_max_position_embeddings as f32 * frequency / TAU;

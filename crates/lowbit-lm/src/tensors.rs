@@ -2,14 +2,17 @@
 
 use std::{
     fs::{self, File},
-    path::Path,
+    path::{Path, PathBuf},
     sync::Arc,
 };
 
 use lowbit::formats::{self, Safetensors, Sharded, TensorSource, TensorView, gguf::Gguf};
 use memmap2::Mmap;
 
-use crate::{Config, Error, Result, llama_gguf::LlamaGguf};
+use crate::{
+    Error, Result,
+    gguf_files::{self, GgufFiles},
+};
 
 /// The tensors of one file or several. They stay in their files until somebody looks at them; do not
 /// change the files meanwhile.
@@ -19,8 +22,9 @@ pub struct Tensors {
 }
 
 impl Tensors {
-    /// Opens a folder with `model.safetensors`, several files under `model.safetensors.index.json`, or
-    /// `model.gguf`; or a single file of either kind.
+    /// Opens a folder with `model.safetensors`, several files under `model.safetensors.index.json`, or a GGUF
+    /// model in one part or several; or a single file of either kind. GGUF files are known by their first
+    /// bytes.
     ///
     /// # Errors
     /// [`Error::Io`] or [`Error::Format`].
@@ -34,20 +38,17 @@ impl Tensors {
     /// # Ok::<(), lowbit_lm::Error>(())
     /// ```
     pub fn open(path: &Path) -> Result<Self> {
+        if let Some(files) = gguf_files::find(path)? {
+            let (parts, maps) = Self::map_gguf(&files)?;
+            return Ok(Self::of(GgufFiles::new(parts)?, maps));
+        }
         if !path.is_dir() {
-            let name = path.display().to_string();
             let map = map(path)?;
-            let maps = vec![map.clone()];
-            return Ok(match path.extension().is_some_and(|extension| extension == "gguf") {
-                true => Self { source: Box::new(Gguf::new(name, map)?), maps },
-                false => Self { source: Box::new(Safetensors::new(name, map)?), maps },
-            });
+            let file = Safetensors::new(path.display().to_string(), map.clone())?;
+            return Ok(Self::of(file, vec![map]));
         }
         let (index, file) = (path.join("model.safetensors.index.json"), "model.safetensors");
         let file = path.join(file);
-        if holds_gguf(path) {
-            return Self::open(&path.join("model.gguf"));
-        }
         if file.exists() || !index.exists() {
             return Self::open(&file);
         }
@@ -61,18 +62,17 @@ impl Tensors {
         Ok(Self { source: Box::new(sharded), maps })
     }
 
-    /// The `model.gguf` of a folder, under the names of a checkpoint.
-    pub(crate) fn open_llama_gguf(folder: &Path, config: &Config) -> Result<Self> {
-        let path = folder.join("model.gguf");
-        let map = map(&path)?;
-        let maps = vec![map.clone()];
-        let file = Gguf::new(path.display().to_string(), map)?;
-        Ok(Self { source: Box::new(LlamaGguf::new(file, config)?), maps })
+    /// The parts of a GGUF model.
+    pub(crate) fn map_gguf(files: &[PathBuf]) -> Result<(Vec<Gguf<Map>>, Vec<Map>)> {
+        let maps = files.iter().map(|file| map(file)).collect::<Result<Vec<_>>>()?;
+        let parts = files.iter().zip(&maps);
+        let parts = parts.map(|(file, map)| Gguf::new(file.display().to_string(), map.clone()));
+        Ok((parts.collect::<formats::Result<_>>()?, maps))
     }
 
-    /// Tensors that lie in memory anyway.
-    pub(crate) fn in_memory(source: impl TensorSource + Send + Sync + 'static) -> Self {
-        Self { source: Box::new(source), maps: Vec::new() }
+    /// Tensors of mapped files, or of none.
+    pub(crate) fn of(source: impl TensorSource + Send + Sync + 'static, maps: Vec<Map>) -> Self {
+        Self { source: Box::new(source), maps }
     }
 
     /// Gives memory back that holds what has been looked at: it is read from the files again when it is
@@ -92,18 +92,13 @@ impl TensorSource for Tensors {
     }
 }
 
-/// Does a folder hold its weights in `model.gguf`?
-pub(crate) fn holds_gguf(folder: &Path) -> bool {
-    folder.join("model.gguf").exists() && !folder.join("model.safetensors").exists()
-}
-
 pub(crate) fn read(path: &Path) -> Result<Vec<u8>> {
     fs::read(path).map_err(|cause| Error::Io { path: path.into(), cause })
 }
 
 /// A file that is only read.
 #[derive(Clone)]
-struct Map(Arc<Mmap>);
+pub(crate) struct Map(Arc<Mmap>);
 
 impl AsRef<[u8]> for Map {
     fn as_ref(&self) -> &[u8] {

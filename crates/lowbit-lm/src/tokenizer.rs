@@ -4,6 +4,8 @@ use crate::{Error, Result};
 pub struct Tokenizer {
     file: String,
     inner: tokenizers::Tokenizer,
+    /// Bytes that it has no token for, which it would leave out.
+    lacking: Vec<u8>,
 }
 
 impl Tokenizer {
@@ -20,13 +22,18 @@ impl Tokenizer {
         // Some files ask for texts to be cut or padded: never silently.
         inner.with_truncation(None).map_err(error)?;
         inner.with_padding(None);
-        Ok(Self { file: file.into(), inner })
+        Ok(Self { file: file.into(), inner, lacking: Vec::new() })
+    }
+
+    /// The tokenizer, which has no tokens for the bytes `lacking`.
+    pub(crate) fn lacking(self, lacking: Vec<u8>) -> Self {
+        Self { lacking, ..self }
     }
 
     /// The tokens of `text`, with the special ones (such as BOS) that the tokenizer adds.
     ///
     /// # Errors
-    /// [`Error::File`] if the tokenizer fails.
+    /// [`Error::File`] if the tokenizer fails, or has no token for a byte of the text.
     pub fn encode(&self, text: &str) -> Result<Vec<u32>> {
         self.encode_with(text, true)
     }
@@ -34,12 +41,16 @@ impl Tokenizer {
     /// The tokens of `text` alone.
     ///
     /// # Errors
-    /// [`Error::File`] if the tokenizer fails.
+    /// As [`encode`](Self::encode).
     pub fn encode_plain(&self, text: &str) -> Result<Vec<u32>> {
         self.encode_with(text, false)
     }
 
     fn encode_with(&self, text: &str, special: bool) -> Result<Vec<u32>> {
+        if let Some(byte) = text.bytes().find(|byte| self.lacking.contains(byte)) {
+            let reason = format!("the text has the byte 0x{byte:02x}, for which there is no token");
+            return Err(Error::File { file: self.file.clone(), reason });
+        }
         let encoding = self.inner.encode_fast(text, special).map_err(|e| self.error(&e))?;
         Ok(encoding.get_ids().to_vec())
     }
