@@ -20,7 +20,7 @@ use crate::{Threads, model, new_file::NewFile, plot, progress};
 /// Options of `lowbit compare`.
 #[derive(clap::Args)]
 pub(crate) struct Options {
-    /// Folder of a model: config.json, tokenizer.json, model.safetensors [default: the embedded one]
+    /// Folder of a model (config.json, tokenizer.json, model.safetensors), or its GGUF file [default: the embedded one]
     model: Option<PathBuf>,
     /// Methods to compare, separated by commas [default: those that need no calibration; all if
     /// `--calibration` is given]

@@ -11,7 +11,7 @@ use crate::{Threads, model, progress};
 /// Options of `lowbit eval`.
 #[derive(clap::Args)]
 pub(crate) struct Options {
-    /// Folder of the model: config.json, tokenizer.json, model.safetensors
+    /// Folder of the model (config.json, tokenizer.json, model.safetensors), or its GGUF file
     model: PathBuf,
     /// Text to evaluate on
     #[arg(long, value_name = "FILE")]

@@ -28,7 +28,7 @@ pub(crate) const EVAL_TOKENS: &str = include_str!("../../../models/stories3m/eva
 /// Other documents of its own, for methods that look at a layer's inputs.
 const CALIBRATION_TOKENS: &str = include_str!("../../../models/stories3m/calibration.tokens");
 
-/// Opens `folder`, or the embedded model.
+/// Opens a folder or file, or the embedded model.
 pub(crate) fn open(folder: Option<&PathBuf>) -> Result<Checkpoint> {
     Ok(match folder {
         Some(folder) => Checkpoint::open(folder)?,
@@ -87,7 +87,11 @@ impl CalibrationOptions {
             let file = file.display().to_string();
             return Ok(Some(Windows::from_text(checkpoint, &file, &text, &protocol)?));
         }
-        let file = folder.map(|folder| folder.join("calibration.tokens"));
+        let beside = |path: &Path| match path.is_file() {
+            true => path.with_file_name("calibration.tokens"),
+            false => path.join("calibration.tokens"),
+        };
+        let file = folder.map(beside);
         let (file, tokens) = match &file {
             None => ("calibration.tokens".to_string(), CALIBRATION_TOKENS.into()),
             Some(_) if !needed => return Ok(None),

@@ -14,7 +14,7 @@ use crate::{Threads, model, new_file::NewFile, plot, progress};
 /// Options of `lowbit outliers`.
 #[derive(clap::Args)]
 pub(crate) struct Options {
-    /// Folder of the model: config.json, tokenizer.json, model.safetensors
+    /// Folder of the model (config.json, tokenizer.json, model.safetensors), or its GGUF file
     model: PathBuf,
     /// Text to run it on
     #[arg(long, value_name = "FILE")]

@@ -80,7 +80,13 @@ impl Checkpoint {
     pub fn open(path: impl AsRef<Path>) -> Result<Self> {
         let folder = path.as_ref();
         if let Some(files) = gguf_files::find(folder)? {
-            return Self::open_gguf(folder, &files);
+            return Self::open_gguf(folder, &files).map_err(|e| match e {
+                // A config.json that this decoder does not know is no reason to read the tensors without it.
+                Error::Config { file, field, expected, got } => {
+                    Error::File { file, reason: format!("{field}: expected {expected}, got {got}") }
+                }
+                e => e,
+            });
         }
         check_folder(folder)?;
         let path = |file: &str| folder.join(file);

@@ -58,7 +58,13 @@ pub(crate) fn find(path: &Path) -> Result<Option<Vec<PathBuf>>> {
     }
 }
 
-fn is_gguf(file: &Path) -> bool {
+/// Is this a GGUF file, by its first bytes? What cannot be read is none.
+///
+/// # Example
+/// ```
+/// assert!(!lowbit_lm::is_gguf("Cargo.toml".as_ref()));
+/// ```
+pub fn is_gguf(file: &Path) -> bool {
     let mut magic = [0; 4];
     File::open(file).and_then(|mut f| f.read_exact(&mut magic)).is_ok() && magic == *b"GGUF"
 }

@@ -182,7 +182,7 @@ impl Description {
         let wrong = |field, key: &str, expected: String, got: String| Error::Config {
             file: file.into(),
             field,
-            expected: format!("{expected}, as {} says in {key}", files.file()),
+            expected: format!("{expected}, by {key} of {}", files.file()),
             got: format!("{got}: mend it, or move it away to go by the GGUF file alone"),
         };
         let name = self.architecture.name();
@@ -195,7 +195,7 @@ impl Description {
         if !json["quantization_config"].is_null() {
             let (expected, got) =
                 ("null or nothing".into(), json["quantization_config"].to_string());
-            return Err(wrong("quantization_config", "the types of its tensors", expected, got));
+            return Err(wrong("quantization_config", "the tensors", expected, got));
         }
         let (m, c) = (&self.config, config);
         let sizes = [
@@ -248,7 +248,7 @@ impl Description {
             ("mlp_bias", "ffn_gate.bias", m.mlp_bias, c.mlp_bias),
         ] {
             if m != c {
-                let key = format!("whether there is blk.0.{key}");
+                let key = format!("blk.0.{key}");
                 return Err(wrong(field, &key, m.to_string(), c.to_string()));
             }
         }
@@ -256,7 +256,7 @@ impl Description {
             && !(c.tie_word_embeddings && head_is_embedding(files)?)
         {
             let (m, c) = (m.tie_word_embeddings.to_string(), c.tie_word_embeddings.to_string());
-            return Err(wrong("tie_word_embeddings", "whether there is output.weight", m, c));
+            return Err(wrong("tie_word_embeddings", "output.weight", m, c));
         }
         let text = |id: Option<u32>| id.map_or("none".into(), |id| id.to_string());
         if let (Some(m), c) = (m.bos_token_id, c.bos_token_id)

@@ -72,6 +72,7 @@ pub use dense::DenseLinear;
 pub use error::Error;
 pub use finished::Finished;
 pub use generate::{Generated, Sampling, Stop, generate};
+pub use gguf_files::is_gguf;
 pub use kv::KvCache;
 pub use model::Model;
 pub use speed::{PROMPT, Speed, measure_speed};

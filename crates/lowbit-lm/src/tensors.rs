@@ -19,6 +19,7 @@ use crate::{
 pub struct Tensors {
     source: Box<dyn TensorSource + Send + Sync>,
     maps: Vec<Map>,
+    metadata: Vec<(String, String)>,
 }
 
 impl Tensors {
@@ -40,7 +41,11 @@ impl Tensors {
     pub fn open(path: &Path) -> Result<Self> {
         if let Some(files) = gguf_files::find(path)? {
             let (parts, maps) = Self::map_gguf(&files)?;
-            return Ok(Self::of(GgufFiles::new(parts)?, maps));
+            let files = GgufFiles::new(parts)?;
+            let text =
+                |key: &str| Some((key.escape_debug().to_string(), files.get(key)?.to_string()));
+            let metadata = files.keys().filter_map(text).collect();
+            return Ok(Self { metadata, ..Self::of(files, maps) });
         }
         if !path.is_dir() {
             let map = map(path)?;
@@ -59,7 +64,7 @@ impl Tensors {
             maps.push(map.clone());
             Ok::<_, Error>(map)
         })?;
-        Ok(Self { source: Box::new(sharded), maps })
+        Ok(Self::of(sharded, maps))
     }
 
     /// The parts of a GGUF model.
@@ -72,7 +77,12 @@ impl Tensors {
 
     /// Tensors of mapped files, or of none.
     pub(crate) fn of(source: impl TensorSource + Send + Sync + 'static, maps: Vec<Map>) -> Self {
-        Self { source: Box::new(source), maps }
+        Self { source: Box::new(source), maps, metadata: Vec::new() }
+    }
+
+    /// The keys of a GGUF file and their values, to be shown: of long texts and lists, the beginning.
+    pub fn metadata(&self) -> &[(String, String)] {
+        &self.metadata
     }
 
     /// Gives memory back that holds what has been looked at: it is read from the files again when it is

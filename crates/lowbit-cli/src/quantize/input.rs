@@ -22,13 +22,15 @@ pub(super) enum Input {
 }
 
 impl Input {
-    /// Opens a folder. `why` a model must be one that the decoder knows, if it must.
+    /// Opens a folder or a GGUF file, whose weights are taken as they are in f32. `why` a model must be one that the decoder knows, if it must.
     pub(super) fn open(folder: &Path, why: Option<&str>) -> Result<Self> {
         let name = folder.display();
         let quantized = "is quantized already; give the checkpoint as it was before";
         match (Checkpoint::open(folder), why) {
             (Ok(checkpoint), _) => {
-                for layer in checkpoint.linear_names() {
+                // Blocks of ggml are how GGUF stores weights.
+                let layers = if checkpoint.is_gguf() { vec![] } else { checkpoint.linear_names() };
+                for layer in layers {
                     ensure!(checkpoint.quantized(&layer)?.is_none(), "{name} {quantized}");
                 }
                 Ok(Self::Known(Box::new(checkpoint)))
@@ -56,6 +58,16 @@ impl Input {
         match self {
             Self::Known(checkpoint) => Some(checkpoint),
             Self::Other(..) => None,
+        }
+    }
+
+    /// The config.json of `folder`, or what stands for it in a GGUF file.
+    pub(super) fn config_json(&self, folder: &Path) -> Result<Value> {
+        match self {
+            Self::Known(checkpoint) => Ok(checkpoint.config_json()?),
+            Self::Other(..) => {
+                Ok(serde_json::from_slice(&model::read(&folder.join("config.json"))?)?)
+            }
         }
     }
 

@@ -18,10 +18,10 @@ use anyhow::{Context as _, Result, anyhow, bail};
 use indicatif::ProgressBar;
 use lowbit::{
     Calibration, Context, Needs, QLinear, Quantizer, Report as Decisions,
-    formats::{Tensor, TensorSource, TensorView, conventions, gguf},
+    formats::{Dtype, Tensor, TensorSource, TensorView, conventions, gguf},
 };
 use lowbit_lm::{
-    Checkpoint, Finished, LinearWeights, Tensors, Windows, llama_gguf,
+    Checkpoint, Finished, LinearWeights, Tensors, Windows, is_gguf, llama_gguf,
     quantize::{LayerReport, Quantization, relative_error},
 };
 use rayon::prelude::*;
@@ -37,7 +37,7 @@ use crate::{
 /// Options of `lowbit quantize`.
 #[derive(clap::Args)]
 pub(crate) struct Options {
-    /// Folder of the model: config.json, tokenizer.json, model.safetensors
+    /// Folder of the model (config.json, tokenizer.json, model.safetensors), or its GGUF file
     model: PathBuf,
     #[command(flatten)]
     method: MethodOptions,
@@ -123,6 +123,7 @@ pub(crate) fn run(options: &Options) -> Result<()> {
         _ => Some(format!("{} is calibrated block by block", scheme.name)),
     };
     let input = Input::open(&options.model, why.as_deref())?;
+    input.config_json(&options.model)?; // which is written at the end, and must be there
     let blocks = input.blocks();
     let names = || blocks.iter().flatten();
     let shapes = names().map(|name| input.shape(name)).collect::<Result<BTreeSet<_>>>()?;
@@ -207,13 +208,18 @@ fn others(input: &Input, options: &Options, needs: Needs, stage: &Stage) -> Resu
     let tensors = input.tensors();
     let copied = copied(input, needs).into_iter().map(|name| tensors.tensor(name));
     let copied: Vec<_> = copied.collect::<Result<_, _>>()?;
-    let changed = match input.checkpoint().filter(|_| options.format == Format::Gguf) {
-        Some(checkpoint) => copied
-            .iter()
-            .map(|view| llama_gguf::to_gguf(checkpoint.config(), *view))
-            .collect::<Result<_, _>>()?,
-        None => vec![None; copied.len()],
+    let gguf = input.checkpoint().filter(|_| options.format == Format::Gguf);
+    let change = |view: &TensorView<'_>| -> Result<Option<Tensor>> {
+        Ok(match (gguf, view.dtype) {
+            (Some(checkpoint), _) => llama_gguf::to_gguf(checkpoint.config(), *view)?,
+            // Blocks of ggml have no place in safetensors.
+            (None, Dtype::Ggml(_)) => {
+                Some(Tensor::f32(view.name, view.shape.to_vec(), &view.to_f32()?))
+            }
+            (None, _) => None,
+        })
     };
+    let changed = copied.iter().map(change).collect::<Result<Vec<_>>>()?;
     let views: Vec<_> = copied
         .iter()
         .zip(&changed)
@@ -402,9 +408,17 @@ fn streaming_memory(input: &Input, scheme: &Scheme, threads: usize) -> Result<u6
 /// What a run is about: another one may continue it only if it is the same.
 fn job(options: &Options, scheme: &Scheme, windows: Option<&Windows>) -> Result<Value> {
     let model = fs::canonicalize(&options.model)?;
+    let (folder, file) = match (model.parent(), model.file_name()) {
+        (Some(folder), Some(file)) if model.is_file() => (folder, Some(file.to_string_lossy())),
+        _ => (model.as_path(), None),
+    };
     let mut files = Vec::new();
-    for entry in fs::read_dir(&model)? {
+    for entry in fs::read_dir(folder)? {
         let entry = entry?;
+        if file.as_ref().is_some_and(|file| !belongs_to(file, &entry.file_name().to_string_lossy()))
+        {
+            continue;
+        }
         // Of what a link leads to: caches of models are full of them.
         let data = fs::metadata(entry.path())?;
         if !data.is_file() {
@@ -429,6 +443,18 @@ fn job(options: &Options, scheme: &Scheme, windows: Option<&Windows>) -> Result<
             (windows.len(), windows.predicted(), format!("{hash:016x}"))
         }),
     }))
+}
+
+/// Is `name` what a GGUF file is read with: itself, its other parts, and the texts beside it?
+fn belongs_to(file: &str, name: &str) -> bool {
+    // But for its number, NAME-00001-of-00003.gguf is the name of all parts.
+    let unnumbered = |name: &str| {
+        let (start, count) = name.rsplit_once("-of-")?;
+        Some((start.rsplit_once('-')?.0.to_owned(), count.to_owned()))
+    };
+    let texts = ["config.json", "tokenizer.json"];
+    let is_part = || unnumbered(file).is_some_and(|file| unnumbered(name) == Some(file));
+    name == file || texts.contains(&name) || is_part()
 }
 
 /// Index, configuration, the model's other files and the report; then the folder gets its name.
@@ -464,8 +490,7 @@ fn finish(
         let new = views.iter().find(|view| view.name == name).and_then(|view| view.to_f32().ok());
         if old == new { &mut copied } else { &mut folded }.push(name.to_string());
     }
-    let mut config: Value =
-        serde_json::from_slice(&model::read(&options.model.join("config.json"))?)?;
+    let mut config = input.config_json(&options.model)?;
     match input.checkpoint().filter(|_| stage.gguf) {
         Some(checkpoint) => {
             assemble(options, checkpoint, stage, views)?;
@@ -482,7 +507,13 @@ fn finish(
         }
     }
     stage.write_json("config.json", &config)?;
-    copy_others(&options.model, stage)?;
+    if options.model.is_dir() {
+        copy_others(&options.model, stage)?;
+    }
+    if let Some(checkpoint) = input.checkpoint().filter(|checkpoint| checkpoint.is_gguf()) {
+        let tokenizer = checkpoint.tokenizer_json();
+        stage.write("tokenizer.json", |to| Ok(to.write_all(tokenizer)?))?;
+    }
 
     let layers: Vec<Layer> = parts.into_iter().flat_map(|part| part.layers).collect();
     let weights: usize = layers.iter().map(|layer| layer.weights).sum();
@@ -527,8 +558,7 @@ fn assemble(
     let tensors: Vec<_> =
         views.iter().zip(&names).map(|(view, name)| TensorView { name, ..*view }).collect();
     let name = options.model.file_name().unwrap_or_default().to_string_lossy();
-    let tokenizer = model::read(&options.model.join("tokenizer.json"))?;
-    let metadata = llama_gguf::metadata(&name, checkpoint.config(), &tokenizer)?;
+    let metadata = llama_gguf::metadata(&name, checkpoint.config(), checkpoint.tokenizer_json())?;
     let metadata: Vec<_> = metadata.iter().map(|(key, v)| (key.as_str(), v.clone())).collect();
     stage.write("model.gguf", |to| Ok(gguf::write(to, &metadata, &tensors)?))
 }
@@ -540,7 +570,7 @@ fn copy_others(from: &Path, stage: &Stage) -> Result<()> {
         let name = entry.file_name().to_string_lossy().into_owned();
         let weights = [".safetensors", ".gguf", ".bin", ".pt", ".pth", ".index.json"];
         let skip = name == "config.json" || weights.iter().any(|end| name.ends_with(end));
-        if skip || !fs::metadata(entry.path())?.is_file() {
+        if skip || !fs::metadata(entry.path())?.is_file() || is_gguf(&entry.path()) {
             continue;
         }
         let bytes = model::read(&entry.path())?;
