@@ -366,17 +366,21 @@ impl<S: AsRef<[u8]>> Metadata<'_, S> {
     fn post_processor(&self, vocabulary: &Vocabulary, defaults: Defaults) -> Result<Json> {
         let mut single = vec![json!({"Sequence": {"id": "A", "type_id": 0}})];
         let mut specials = serde_json::Map::new();
-        for (wanted, key, default, at) in [
-            (self.bool("add_bos_token", defaults.adds_bos)?, "bos_token_id", defaults.bos, 0),
-            (self.bool("add_eos_token", false)?, "eos_token_id", defaults.eos, 1),
+        for (adds, wanted, key, default) in [
+            ("add_bos_token", defaults.adds_bos, "bos_token_id", defaults.bos),
+            ("add_eos_token", false, "eos_token_id", defaults.eos),
         ] {
-            if !wanted {
+            if !self.bool(adds, wanted)? {
                 continue;
             }
             let Some((id, token)) = self.special(key, default, vocabulary)? else {
-                return Err(self.wrong(key, "a token, which is to be added to texts"));
+                // A habit of other files of this kind needs no token; a wish of this one does.
+                match self.get(adds) {
+                    None => continue,
+                    Some(_) => return Err(self.wrong(key, "a token, which is to be added to texts")),
+                }
             };
-            let place = if at == 0 { 0 } else { single.len() };
+            let place = if key == "bos_token_id" { 0 } else { single.len() };
             single.insert(place, json!({"SpecialToken": {"id": token, "type_id": 0}}));
             specials.insert(token.into(), json!({"id": token, "ids": [id], "tokens": [token]}));
         }
@@ -598,8 +602,7 @@ fn sentencepiece<S: AsRef<[u8]>>(
     metadata: &Metadata<'_, S>,
     vocabulary: &Vocabulary,
 ) -> Result<Json> {
-    if let Some(pre) = metadata.get("pre").filter(|pre| pre.as_str() != Some("default")) {
-        let _ = pre;
+    if metadata.get("pre").is_some_and(|pre| pre.as_str() != Some("default")) {
         return Err(metadata.wrong("pre", "\"default\" beside the model llama"));
     }
     let prefix = metadata.bool("add_space_prefix", true)?;

@@ -8,7 +8,7 @@ use std::{
 use lowbit::{
     Context,
     formats::{
-        Tensor, TensorView,
+        Tensor,
         gguf::{self, Array, GgmlType, Value},
     },
 };
