@@ -127,7 +127,7 @@ impl<S: AsRef<[u8]>> QLinear<S> {
     ///
     /// # Errors
     /// [`Error::Parameter`] for a threshold that is no positive number; [`Error::Shape`] and
-    /// [`Error::Length`] if known columns or sparse weights are not of this layer.
+    /// [`Error::OutOfRange`] if known columns or sparse weights are not of this layer.
     pub fn with_outliers(self, outliers: Option<Outliers>) -> Result<Self> {
         if let Some(outliers) = &outliers {
             outliers.check(self.weight.rows(), self.weight.cols())?;

@@ -4,7 +4,7 @@ use std::io::{self, Write};
 
 use safetensors::{SafeTensorError, tensor};
 
-use crate::{Dtype, Error, Result, TensorSource, TensorView};
+use crate::{Dtype, Error, Result, TensorSource, TensorView, recognize::not_tensors};
 
 const FORMAT: &str = "safetensors";
 
@@ -174,6 +174,9 @@ fn explain(file: &str, bytes: &[u8], error: &SafeTensorError) -> Error {
     let got = bytes.len() as u64;
     let truncated = |expected| Error::Truncated { file: file.into(), expected, got };
     let malformed = |reason: String| Error::Malformed { file: file.into(), format: FORMAT, reason };
+    if let Some(kind) = not_tensors(bytes) {
+        return malformed(format!("it is {kind}"));
+    }
     let Some((length, rest)) = bytes.split_first_chunk::<8>() else {
         return truncated(8);
     };

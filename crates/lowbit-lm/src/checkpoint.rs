@@ -81,7 +81,8 @@ impl Checkpoint {
         let folder = path.as_ref();
         if let Some(files) = gguf_files::find(folder)? {
             return Self::open_gguf(folder, &files).map_err(|e| match e {
-                // A config.json that this decoder does not know is no reason to read the tensors without it.
+                // What this decoder does not know is no reason to read the tensors alone, under other names.
+                Error::Tokenizer { file, reason } => Error::File { file, reason },
                 Error::Config { file, field, expected, got } => {
                     Error::File { file, reason: format!("{field}: expected {expected}, got {got}") }
                 }

@@ -18,7 +18,7 @@ use crate::{
     Config, Error, Result,
     gguf_files::GgufFiles,
     llama_gguf::{checkpoint_name, sort_rows},
-    model::frequencies,
+    rope::Rope,
 };
 
 /// The tensor of the numbers that rotary frequencies are divided by.
@@ -234,10 +234,10 @@ impl Description {
             return Err(wrong("rms_norm_eps", &key, eps.0.to_string(), eps.1.to_string()));
         }
         // Rotary frequencies may be stretched by a rule there and by numbers here.
-        let (here, there) = (frequencies(m), frequencies(c));
-        if let Some((m, c)) =
-            here.iter().zip(&there).find(|(m, c)| (*m - *c).abs() > 1e-5 * c.abs())
-        {
+        let (here, there) = (Rope::new(m), Rope::new(c));
+        let here = here.frequencies.iter().chain([&here.scale]);
+        let there = there.frequencies.iter().chain([&there.scale]);
+        if let Some((m, c)) = here.zip(there).find(|(m, c)| (*m - *c).abs() > 1e-5 * c.abs()) {
             let (expected, got) = (format!("rotary frequencies with {m}"), format!("{c}"));
             let key = format!("{name}.rope.freq_base, {name}.rope.scaling and {ROPE_FACTORS}");
             return Err(wrong("rope_theta and rope_scaling", &key, expected, got));
@@ -563,7 +563,7 @@ fn is_off(value: &Value<'_>) -> bool {
 /// ratios of low, high and the original context count, so low is 1.
 fn llama3(config: &Config, factors: &[f32]) -> Option<Json> {
     let plain = Config { rope_factors: None, rope_scaling: None, ..config.clone() };
-    let frequencies_of = frequencies(&plain);
+    let frequencies_of = Rope::new(&plain).frequencies;
     let largest = factors.iter().copied().fold(1.0, f32::max);
     let keep = |factor: f32| {
         let (factor, largest) = (f64::from(factor), f64::from(largest));
@@ -607,9 +607,9 @@ fn llama3(config: &Config, factors: &[f32]) -> Option<Json> {
         "rope_theta": decimal(config.rope_theta),
     });
     all["rope_scaling"] = json.clone();
-    let there = frequencies(&Config::parse("", all.to_string().as_bytes()).ok()?);
+    let there = Rope::new(&Config::parse("", all.to_string().as_bytes()).ok()?).frequencies;
     let close = |(a, b): (&f32, &f32)| (a - b).abs() <= 1e-5 * b.abs();
-    there.iter().zip(&frequencies(config)).all(close).then_some(json)
+    there.iter().zip(&Rope::new(config).frequencies).all(close).then_some(json)
 }
 
 /// GGUF files under the names, and in the order of rows, of a checkpoint.

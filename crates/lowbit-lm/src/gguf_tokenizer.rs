@@ -377,7 +377,9 @@ impl<S: AsRef<[u8]>> Metadata<'_, S> {
                 // A habit of other files of this kind needs no token; a wish of this one does.
                 match self.get(adds) {
                     None => continue,
-                    Some(_) => return Err(self.wrong(key, "a token, which is to be added to texts")),
+                    Some(_) => {
+                        return Err(self.wrong(key, "a token, which is to be added to texts"));
+                    }
                 }
             };
             let place = if key == "bos_token_id" { 0 } else { single.len() };

@@ -14,16 +14,17 @@
 use std::sync::Arc;
 
 use lowbit::{
-    Calibration, Context, Drift, Linear, Mat, MatRef, Needs, QLinear, Quantized, Quantizer, Recipe,
-    Report, Transform, relative_loss,
+    Calibration, Context, Drift, InputSet, Linear, Mat, MatRef, Needs, QLinear, Quantized,
+    Quantizer, Recipe, Report, Transform, relative_loss,
 };
 
 use crate::{
-    Checkpoint, Config, DenseLinear, Error, LinearWeights, Model, Result, Windows,
+    Checkpoint, Config, DenseLinear, Error, LinearWeights, Model, Result, Unpacked, Windows,
     checkpoint::{LinearSpec, block_linears, block_norms},
     finished::{Finished, Kept, Key},
     kv::KvBlock,
-    model::{Angles, Block, Layer, SETS, frequencies, norms},
+    model::{Angles, Block, Layer, SETS, norms},
+    rope::Rope,
 };
 
 /// How a whole model is quantized, beside the [`Recipe`].
@@ -214,7 +215,7 @@ pub struct Quantization<'a> {
     recipe: &'a Recipe<'a>,
     options: Options<'a>,
     wanted: Wanted,
-    frequencies: Vec<f32>,
+    rope: Rope,
     texts: Vec<Text>,
     /// What all blocks depend on, for those that are kept.
     key: Key,
@@ -229,6 +230,14 @@ pub struct QuantizedBlock {
     /// q, k, v, o, gate, up and down.
     pub layers: Vec<(QLinear, LayerReport)>,
     computed: Block,
+}
+
+impl QuantizedBlock {
+    /// The layers that the reference computes where the blocks behind are calibrated, as `make` made them.
+    pub fn unpacked(&self) -> Vec<Unpacked> {
+        let layers = self.computed.layers.iter();
+        layers.filter_map(|layer| Unpacked::of(&layer.name, &*layer.linear)).collect()
+    }
 }
 
 impl<'a> Quantization<'a> {
@@ -255,8 +264,8 @@ impl<'a> Quantization<'a> {
             key.add([options.true_sequential, options.folded_scales_only].map(u32::from));
             key.add(windows.iter().flat_map(|windows| windows.iter()).flatten().copied());
         }
-        let frequencies = frequencies(checkpoint.config());
-        Ok(Self { checkpoint, recipe, options, wanted, frequencies, texts, key, next: 0 })
+        let rope = Rope::new(checkpoint.config());
+        Ok(Self { checkpoint, recipe, options, wanted, rope, texts, key, next: 0 })
     }
 
     /// Bytes of memory that the largest block will take, with its statistics and the streams of all texts:
@@ -351,7 +360,7 @@ impl<'a> Quantization<'a> {
         // Nobody looks at what the last block gives.
         if index + 1 < blocks {
             for text in &mut self.texts {
-                text.advance(self.checkpoint.config(), &self.frequencies, &dense, &block, ctx)?;
+                text.advance(self.checkpoint.config(), &self.rope, &dense, &block, ctx)?;
             }
         }
         self.next += 1;
@@ -395,10 +404,10 @@ impl<'a> Quantization<'a> {
             // What no layer before can take is scaled at run time; the rest has vanished.
             let recipe = Recipe { scale: None, ..*self.recipe };
             for (seen, set) in statistics.iter().zip(group.clone()) {
+                let inputs = InputSet::new(&seen.calibration);
                 for i in SETS[set].clone() {
                     let before = leftover[set].clone();
-                    let (layer, report) =
-                        work.quantize(&recipe, i, &seen.calibration, before, ctx)?;
+                    let (layer, report) = work.quantize(&recipe, i, &inputs, before, ctx)?;
                     block.layers[i] = work.layer(i, make(&layer))?;
                     progress(&report);
                     layers.push((layer, report));
@@ -443,7 +452,7 @@ impl<'a> Quantization<'a> {
         let c = self.checkpoint.config();
         for text in &self.texts {
             let mut x = text.x.clone();
-            let angles = Angles::new(&self.frequencies, 0, text.tokens);
+            let angles = Angles::new(&self.rope, 0, text.tokens);
             let inputs = text.f32_inputs(c, &angles, dense, ctx)?;
             let kv = &mut KvBlock::default();
             block.run(c, &mut x, &angles, kv, ctx, &mut |seen| {
@@ -501,12 +510,12 @@ impl Text {
     fn advance(
         &mut self,
         c: &Config,
-        frequencies: &[f32],
+        rope: &Rope,
         dense: &Block,
         block: &Block,
         ctx: &mut Context,
     ) -> Result<()> {
-        let angles = Angles::new(frequencies, 0, self.tokens);
+        let angles = Angles::new(rope, 0, self.tokens);
         for (block, x) in [(block, Some(&mut self.x)), (dense, self.x_f32.as_mut())] {
             let Some(x) = x else { continue };
             block.run(c, x, &angles, &mut KvBlock::default(), ctx, &mut |_| Ok(()))?;
@@ -593,8 +602,9 @@ impl Work {
         ctx: &mut Context,
     ) -> Result<()> {
         let Some(drift) = drift else { return Ok(()) };
+        let inputs = InputSet::new(calibration);
         for i in SETS[set].clone() {
-            let shifted = drift.shift(self.weights[i].weight.as_ref(), calibration, share, ctx);
+            let shifted = drift.shift(self.weights[i].weight.as_ref(), &inputs, share, ctx);
             self.targets[i] = Some(shifted.map_err(self.error(i))?);
         }
         Ok(())
@@ -659,16 +669,17 @@ impl Work {
         &self,
         recipe: &Recipe<'_>,
         i: usize,
-        calibration: &Calibration,
+        inputs: &InputSet<'_>,
         before: Option<Transform>,
         ctx: &mut Context,
     ) -> Result<(QLinear, LayerReport)> {
         let LinearWeights { name, weight, bias } = &self.weights[i];
         let set = SETS.iter().position(|set| set.contains(&i)).unwrap_or(0);
+        let calibration = inputs.calibration();
         let quantize = |ctx: &mut Context| {
             let target = self.targets[i].as_ref().unwrap_or(weight);
             let Quantized { layer, mut report } =
-                recipe.quantize(target.as_ref(), calibration, ctx)?;
+                recipe.quantize_in_set(target.as_ref(), inputs, ctx)?;
             report.alpha = self.alphas[set];
             let error = match calibration.has_second_moment() && calibration.tokens() > 0 {
                 true => Some(relative_loss(weight.as_ref(), &layer, calibration, ctx)?),

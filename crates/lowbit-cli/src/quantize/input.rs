@@ -22,7 +22,8 @@ pub(super) enum Input {
 }
 
 impl Input {
-    /// Opens a folder or a GGUF file, whose weights are taken as they are in f32. `why` a model must be one that the decoder knows, if it must.
+    /// Opens a folder or a GGUF file, whose weights are taken as they are in f32. `why` a model must be one
+    /// that the decoder knows, if it must.
     pub(super) fn open(folder: &Path, why: Option<&str>) -> Result<Self> {
         let name = folder.display();
         let quantized = "is quantized already; give the checkpoint as it was before";
@@ -35,14 +36,18 @@ impl Input {
                 }
                 Ok(Self::Known(Box::new(checkpoint)))
             }
-            (Err(Error::Config { .. }), None) => {
+            (Err(e), None) if !concerns_weights(&e) => {
+                // The names of GGUF tensors say nothing to those who read what is written.
+                let tensors = Tensors::open(folder)?;
+                if !tensors.metadata().is_empty() {
+                    return Err(e.into());
+                }
                 let config: Value =
                     serde_json::from_slice(&model::read(&folder.join("config.json"))?)?;
                 ensure!(
                     config.get("quantization_config").is_none_or(Value::is_null),
                     "{name} {quantized}"
                 );
-                let tensors = Tensors::open(folder)?;
                 let blocks = matrices(&tensors)?;
                 ensure!(!blocks.is_empty(), "{name}: there is no matrix X.N.Y.weight in it");
                 Ok(Self::Other(tensors, blocks))
@@ -120,6 +125,15 @@ impl Input {
                 Ok(LinearWeights { name: layer.into(), weight, bias })
             }
         }
+    }
+}
+
+/// Is it something else than what the model computes, or how it reads texts?
+fn concerns_weights(error: &Error) -> bool {
+    match error {
+        Error::Config { .. } | Error::Tokenizer { .. } => false,
+        Error::Io { path, .. } => !path.ends_with("tokenizer.json"),
+        _ => true,
     }
 }
 

@@ -21,7 +21,7 @@ use lowbit::{
     formats::{Dtype, Tensor, TensorSource, TensorView, conventions, gguf},
 };
 use lowbit_lm::{
-    Checkpoint, Finished, LinearWeights, Tensors, Windows, is_gguf, llama_gguf,
+    Checkpoint, Finished, LinearWeights, Tensors, Unpacked, Windows, is_gguf, llama_gguf,
     quantize::{LayerReport, Quantization, relative_error},
 };
 use rayon::prelude::*;
@@ -164,13 +164,18 @@ pub(crate) fn run(options: &Options) -> Result<()> {
         memory as f64 / f64::from(1 << 20),
     );
     let bar = progress(names().count(), &scheme.name);
+    let mut unpacked = Vec::new();
     let mut work = || -> Result<Vec<Part>> {
         let mut parts = vec![others(&input, options, needs, &stage)?];
         for (names, index) in blocks.iter().zip(1..) {
             let done = stage.part(index, blocks.len());
             // The blocks behind it need the output of a block that is done.
             let block = match (&mut calibrated, &done) {
-                (Some(run), _) => Some(calibrated_block(run, &input, &mut ctx, &bar)?),
+                (Some(run), _) => {
+                    let (layers, norms, slow) = calibrated_block(run, &input, &mut ctx, &bar)?;
+                    unpacked.extend(slow);
+                    Some((layers, norms))
+                }
                 (None, None) => {
                     Some((streamed_block(&input, names, &scheme, &ctx, &bar)?, Vec::new()))
                 }
@@ -194,6 +199,7 @@ pub(crate) fn run(options: &Options) -> Result<()> {
     };
     let parts = work().inspect_err(|_| stage.discard_if_empty())?;
     bar.finish_and_clear();
+    model::say(&unpacked);
     let tokens = windows.map_or(0, |windows| windows.predicted());
     let report = finish(options, &scheme, &input, &stage, parts, tokens)?;
     print(options, &report)
@@ -239,13 +245,14 @@ fn copied(input: &Input, needs: Needs) -> Vec<&str> {
 /// The layers of a block and what was done to them.
 type Layers = Vec<(QLinear, LayerReport)>;
 
-/// The layers of a block and the norms that belong to it, quantized on what the blocks before it give.
+/// The layers of a block and the norms that belong to it, quantized on what the blocks before it give, and
+/// which of the layers no kernel takes.
 fn calibrated_block(
     run: &mut Quantization<'_>,
     input: &Input,
     ctx: &mut Context,
     bar: &ProgressBar,
-) -> Result<(Layers, Vec<Tensor>)> {
+) -> Result<(Layers, Vec<Tensor>, Vec<Unpacked>)> {
     let block = run.next_block(ctx, |layer| model::pack(layer, None), |_| bar.inc(1))?;
     let block = block.ok_or_else(|| anyhow!("the model has fewer blocks than names of layers"))?;
     let norm = |(name, gains): (String, Vec<f32>)| -> Result<Tensor> {
@@ -256,8 +263,9 @@ fn calibrated_block(
             false => Tensor::f32(name, vec![gains.len()], &gains),
         })
     };
+    let unpacked = block.unpacked();
     let norms = block.norms.into_iter().map(norm).collect::<Result<_>>()?;
-    Ok((block.layers, norms))
+    Ok((block.layers, norms, unpacked))
 }
 
 /// The layers of a block, quantized side by side, each by itself.
