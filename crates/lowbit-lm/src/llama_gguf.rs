@@ -4,12 +4,7 @@
 //! head is row `i + s·dim/2` of the checkpoint. Their biases go with
 //! them. In `qwen2` rows stay where they are.
 
-use std::collections::BTreeMap;
-
-use lowbit::formats::{
-    self, Tensor, TensorSource, TensorView,
-    gguf::{Gguf, Value},
-};
+use lowbit::formats::{Tensor, TensorView, gguf::Value};
 
 pub use crate::gguf_vocabulary::Texts;
 use crate::{
@@ -47,7 +42,7 @@ pub fn gguf_name(name: &str) -> Option<String> {
     rename(name, "model.layers.", "blk.", |(checkpoint, gguf)| (*checkpoint, *gguf))
 }
 
-fn checkpoint_name(name: &str) -> Option<String> {
+pub(crate) fn checkpoint_name(name: &str) -> Option<String> {
     rename(name, "blk.", "model.layers.", |(checkpoint, gguf)| (*gguf, *checkpoint))
 }
 
@@ -79,7 +74,7 @@ fn sorted_heads(config: &Config, name: &str) -> Option<usize> {
 }
 
 /// Rows in the order of llama.cpp, or back to that of the checkpoint.
-fn sort_rows(view: TensorView<'_>, heads: usize, back: bool) -> Option<Tensor> {
+pub(crate) fn sort_rows(view: TensorView<'_>, heads: usize, back: bool) -> Option<Tensor> {
     let rows = *view.shape.first()?;
     let dim = rows.checked_div(heads).filter(|dim| dim.is_multiple_of(2) && dim * heads == rows)?;
     let row = view.bytes.len().checked_div(rows).filter(|row| row * rows == view.bytes.len())?;
@@ -127,47 +122,6 @@ pub fn to_gguf(config: &Config, view: TensorView<'_>) -> Result<Option<Tensor>> 
         None if vector => Some(float(view)?),
         None => None,
     })
-}
-
-/// A GGUF file under the names, and in the order of rows, of a checkpoint.
-pub(crate) struct LlamaGguf<S> {
-    file: Gguf<S>,
-    /// Name in the checkpoint to name in the file.
-    names: BTreeMap<String, String>,
-    /// Tensors whose rows had to be sorted back.
-    sorted: BTreeMap<String, Tensor>,
-}
-
-impl<S: AsRef<[u8]>> LlamaGguf<S> {
-    pub(crate) fn new(file: Gguf<S>, config: &Config) -> Result<Self> {
-        let (mut names, mut sorted) = (BTreeMap::new(), BTreeMap::new());
-        for gguf in file.names() {
-            let name = checkpoint_name(gguf).unwrap_or_else(|| gguf.into());
-            if let Some(heads) = sorted_heads(config, &name) {
-                let view = TensorView { name: &name, ..file.tensor(gguf)? };
-                let invalid = || Error::Invalid(format!("{gguf}: its rows do not make heads"));
-                sorted.insert(name.clone(), sort_rows(view, heads, true).ok_or_else(invalid)?);
-            }
-            names.insert(name, gguf.into());
-        }
-        Ok(Self { file, names, sorted })
-    }
-}
-
-impl<S: AsRef<[u8]>> TensorSource for LlamaGguf<S> {
-    fn names(&self) -> Vec<&str> {
-        self.names.keys().map(String::as_str).collect()
-    }
-
-    fn tensor(&self, name: &str) -> formats::Result<TensorView<'_>> {
-        if let Some(tensor) = self.sorted.get(name) {
-            return Ok(TensorView { file: self.file.file(), ..tensor.view() });
-        }
-        match self.names.get_key_value(name) {
-            Some((name, gguf)) => Ok(TensorView { name, ..self.file.tensor(gguf)? }),
-            None => self.file.tensor(name),
-        }
-    }
 }
 
 /// What a GGUF file holds of a model beside its own tensors.
@@ -255,6 +209,9 @@ type RopeKeys = (Vec<(&'static str, Value<'static>)>, Option<Vec<f32>>);
 fn rope(config: &Config) -> Result<RopeKeys> {
     let text = |text: &'static str| Value::from(text);
     let refuse = |what: &str| Err(Error::Invalid(format!("GGUF: {what}; choose another --format")));
+    if let Some(factors) = &config.rope_factors {
+        return Ok((vec![], Some(factors.clone())));
+    }
     Ok(match config.rope_scaling {
         None => (vec![], None),
         Some(RopeScaling::Linear(factor)) => (

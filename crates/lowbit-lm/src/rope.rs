@@ -68,6 +68,10 @@ impl Rope {
     pub(crate) fn new(c: &Config) -> Self {
         let base = unscaled(c);
         let frequencies = match c.rope_scaling {
+            _ if c.rope_factors.is_some() => {
+                let factors = c.rope_factors.iter().flatten();
+                base.zip(factors).map(|(f, factor)| f / factor).collect()
+            }
             None => base.collect(),
             Some(RopeScaling::Linear(factor)) => base.map(|f| f / factor).collect(),
             Some(RopeScaling::Llama3(s)) => base.map(|f| s.stretch(f)).collect(),

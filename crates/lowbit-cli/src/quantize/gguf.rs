@@ -29,15 +29,19 @@ pub(super) fn metadata(folder: &Path, checkpoint: &Checkpoint) -> Result<Metadat
         let path = folder.join(name);
         Ok(path.is_file().then(|| model::read(&path)).transpose()?)
     };
-    let tokenizer = model::read(&folder.join("tokenizer.json"))?;
     let (settings, template) = (beside("tokenizer_config.json")?, beside("chat_template.jinja")?);
     let texts = Texts {
-        tokenizer: &tokenizer,
+        tokenizer: checkpoint.tokenizer_json(),
         tokenizer_config: settings.as_deref(),
         chat_template: template.as_deref(),
     };
     let name = folder.file_name().unwrap_or_default().to_string_lossy();
-    Ok(llama_gguf::metadata(&name, checkpoint.config(), &texts)?)
+    let mut metadata = llama_gguf::metadata(&name, checkpoint.config(), &texts)?;
+    let template = |(key, _): &(String, String)| key.starts_with("tokenizer.chat_template");
+    if checkpoint.tensors().metadata().iter().any(template) {
+        metadata.substitutions.push("the chat template of the GGUF file is left out".into());
+    }
+    Ok(metadata)
 }
 
 /// Writes the file.

@@ -19,10 +19,10 @@ use anyhow::{Context as _, Result, anyhow, bail};
 use indicatif::ProgressBar;
 use lowbit::{
     Calibration, Context, Needs, QLinear, Quantizer, Report as Decisions,
-    formats::{Tensor, TensorSource, TensorView, conventions},
+    formats::{Dtype, Tensor, TensorSource, TensorView, conventions},
 };
 use lowbit_lm::{
-    Finished, LinearWeights, Tensors, Unpacked, Windows,
+    Finished, LinearWeights, Tensors, Unpacked, Windows, is_gguf,
     llama_gguf::{self, Metadata},
     quantize::{self, LayerReport, Quantization, relative_error},
 };
@@ -44,7 +44,7 @@ use crate::{
 /// Options of `lowbit quantize`.
 #[derive(clap::Args)]
 pub(crate) struct Options {
-    /// Folder of the model: config.json, tokenizer.json, model.safetensors
+    /// Folder of the model (config.json, tokenizer.json, model.safetensors), or its GGUF file
     model: PathBuf,
     #[command(flatten)]
     method: MethodOptions,
@@ -140,6 +140,7 @@ pub(crate) fn run(options: &Options) -> Result<()> {
         _ => Some(format!("{} is calibrated block by block", scheme.name)),
     };
     let mut input = Input::open(&options.model, why.as_deref())?;
+    input.config_json(&options.model)?; // which is written at the end, and must be there
     input.leave_out(&options.skip)?;
     if !options.skip.is_empty() && scheme.recipe.scale.is_some() && needs > Needs::Nothing {
         bail!(
@@ -272,9 +273,17 @@ impl Run<'_> {
     fn job(&self) -> Result<Value> {
         let Self { options, scheme, input, windows, .. } = *self;
         let model = fs::canonicalize(&options.model)?;
+        let (folder, file) = match (model.parent(), model.file_name()) {
+            (Some(folder), Some(file)) if model.is_file() => (folder, Some(file.to_string_lossy())),
+            _ => (model.as_path(), None),
+        };
         let mut files = Vec::new();
-        for entry in fs::read_dir(&model)? {
+        for entry in fs::read_dir(folder)? {
             let entry = entry?;
+            let name = entry.file_name();
+            if file.as_ref().is_some_and(|file| !belongs_to(file, &name.to_string_lossy())) {
+                continue;
+            }
             // Of what a link leads to: caches of models are full of them.
             let data = fs::metadata(entry.path())?;
             if !data.is_file() {
@@ -307,7 +316,7 @@ impl Run<'_> {
         let Self { options, input, .. } = *self;
         let blocks = parts.len() - 1;
         let files: Vec<_> = (0..=blocks).map(|index| stage.part_name(index, blocks)).collect();
-        let opened = files.iter().map(|file| Tensors::open(&stage.path(file)));
+        let opened = files.iter().map(|file| Tensors::open_file(&stage.path(file)));
         let opened: Vec<_> = opened.collect::<Result<_, _>>()?;
         let mut map = serde_json::Map::new();
         let mut views = BTreeMap::new();
@@ -324,8 +333,7 @@ impl Run<'_> {
             let same = views.get(name).is_some_and(|new| same_numbers(&old, new));
             if same { &mut copied } else { &mut folded }.push(name.to_string());
         }
-        let mut config: Value =
-            serde_json::from_slice(&model::read(&options.model.join("config.json"))?)?;
+        let mut config = input.config_json(&options.model)?;
         let floats = floats(input)?;
         match self.gguf {
             Some(metadata) => {
@@ -345,7 +353,13 @@ impl Run<'_> {
             }
         }
         stage.write_json("config.json", &config)?;
-        copy_others(&options.model, stage)?;
+        if options.model.is_dir() {
+            copy_others(&options.model, stage)?;
+        }
+        if let Some(checkpoint) = input.checkpoint().filter(|checkpoint| checkpoint.is_gguf()) {
+            let tokenizer = checkpoint.tokenizer_json();
+            stage.write("tokenizer.json", |to| Ok(to.write_all(tokenizer)?))?;
+        }
         let layers = parts.into_iter().flat_map(|part| part.layers).collect();
         let report = Report { copied, folded, floats, ..self.report(layers, bytes_after, job)? };
         stage.write_json(file, &report)?;
@@ -422,13 +436,18 @@ fn others(input: &Input, options: &Options, needs: Needs, stage: &Stage) -> Resu
     let tensors = input.tensors();
     let copied = copied(input, needs).into_iter().map(|name| tensors.tensor(name));
     let copied: Vec<_> = copied.collect::<Result<_, _>>()?;
-    let changed = match input.checkpoint().filter(|_| options.format == Format::Gguf) {
-        Some(checkpoint) => copied
-            .iter()
-            .map(|view| llama_gguf::to_gguf(checkpoint.config(), *view))
-            .collect::<Result<_, _>>()?,
-        None => vec![None; copied.len()],
+    let gguf = input.checkpoint().filter(|_| options.format == Format::Gguf);
+    let change = |view: &TensorView<'_>| -> Result<Option<Tensor>> {
+        Ok(match (gguf, view.dtype) {
+            (Some(checkpoint), _) => llama_gguf::to_gguf(checkpoint.config(), *view)?,
+            // Blocks of ggml have no place in safetensors.
+            (None, Dtype::Ggml(_)) => {
+                Some(Tensor::f32(view.name, view.shape.to_vec(), &view.to_f32()?))
+            }
+            (None, _) => None,
+        })
     };
+    let changed = copied.iter().map(change).collect::<Result<Vec<_>>>()?;
     let views: Vec<_> = copied
         .iter()
         .zip(&changed)
@@ -620,6 +639,18 @@ fn streaming_memory(input: &Input, scheme: &Scheme, threads: usize) -> Result<u6
     Ok(largest)
 }
 
+/// Is `name` what a GGUF file is read with: itself, its other parts, and the texts beside it?
+fn belongs_to(file: &str, name: &str) -> bool {
+    // But for its number, NAME-00001-of-00003.gguf is the name of all parts.
+    let unnumbered = |name: &str| {
+        let (start, count) = name.rsplit_once("-of-")?;
+        Some((start.rsplit_once('-')?.0.to_owned(), count.to_owned()))
+    };
+    let texts = ["config.json", "tokenizer.json"];
+    let is_part = || unnumbered(file).is_some_and(|file| unnumbered(name) == Some(file));
+    name == file || texts.contains(&name) || is_part()
+}
+
 /// Tokenizer and whatever else belongs to a model, but not its weights.
 fn copy_others(from: &Path, stage: &Stage) -> Result<()> {
     for entry in fs::read_dir(from)? {
@@ -628,7 +659,7 @@ fn copy_others(from: &Path, stage: &Stage) -> Result<()> {
         let weights = [".safetensors", ".gguf", ".bin", ".pt", ".pth", ".index.json"];
         // The configuration is another one; the weights are in files of other names.
         let skip = name == "config.json" || weights.iter().any(|end| name.ends_with(end));
-        if skip || !fs::metadata(entry.path())?.is_file() {
+        if skip || !fs::metadata(entry.path())?.is_file() || is_gguf(&entry.path()) {
             continue;
         }
         let bytes = model::read(&entry.path())?;
