@@ -170,7 +170,7 @@ impl CalibrationOptions {
         folded_scales_only: bool,
     ) -> quantize::Options<'a> {
         let true_sequential = self.true_sequential;
-        quantize::Options { true_sequential, folded_scales_only, finished }
+        quantize::Options { true_sequential, folded_scales_only, finished, left_out: &[] }
     }
 
     /// Refuses options that `method` does not look at.

@@ -66,7 +66,8 @@ impl<S: AsRef<[u8]>> TensorSource for Safetensors<S> {
     }
 }
 
-/// Writes a safetensors file; tensors keep their order.
+/// Writes a safetensors file. Tensors of wide elements come first, so that every element lies at a multiple of its
+/// size, as in files of the reference implementation; otherwise tensors keep their order.
 ///
 /// # Errors
 /// An [`io::Error`] of `to`; one of kind [`InvalidInput`](io::ErrorKind::InvalidInput) around an
@@ -93,8 +94,12 @@ pub fn write_safetensors(
         let metadata = metadata.iter().map(|(key, value)| (key.to_string(), (*value).into()));
         header.insert("__metadata__".into(), serde_json::Value::Object(metadata.collect()));
     }
+    let mut tensors: Vec<_> = tensors.iter().collect();
+    tensors.sort_by_key(|tensor| {
+        std::cmp::Reverse(tensor.dtype.block().map_or(0, |(_, bytes)| bytes))
+    });
     let mut end = 0;
-    for tensor in tensors {
+    for tensor in &tensors {
         let invalid = |error: Error| io::Error::new(io::ErrorKind::InvalidInput, error);
         let wrong = |reason: &str| invalid(tensor.error(reason.into()));
         if matches!(tensor.dtype, Dtype::Ggml(_)) || tensor.dtype.block().is_none() {

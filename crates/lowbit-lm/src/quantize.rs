@@ -37,6 +37,9 @@ pub struct Options<'a> {
     /// Scales channels only where a layer before can take the scale, as files without a place for
     /// transforms of inputs need it. Otherwise the input is scaled at run time there.
     pub folded_scales_only: bool,
+    /// Names of layers that stay as they are. Recipes that scale channels refuse them: the scales would
+    /// have to be folded into them.
+    pub left_out: &'a [String],
     /// Where to keep finished blocks, and to look for those of an interrupted run.
     pub finished: Option<Finished<'a>>,
 }
@@ -227,7 +230,7 @@ pub struct QuantizedBlock {
     /// The gains before attention and before the MLP under the names of their tensors; scales of channels
     /// have been folded into them.
     pub norms: [(String, Vec<f32>); 2],
-    /// q, k, v, o, gate, up and down.
+    /// q, k, v, o, gate, up and down, but for those that are left out.
     pub layers: Vec<(QLinear, LayerReport)>,
     computed: Block,
 }
@@ -244,13 +247,21 @@ impl<'a> Quantization<'a> {
     /// The arguments are those of [`quantize`].
     ///
     /// # Errors
-    /// [`Error::Token`] if `windows` are of another model.
+    /// [`Error::Token`] if `windows` are of another model; [`Error::Invalid`] for layers that are left out
+    /// beside a recipe that scales channels.
     pub fn new(
         checkpoint: &'a Checkpoint,
         recipe: &'a Recipe<'a>,
         windows: Option<&Windows>,
         options: Options<'a>,
     ) -> Result<Self> {
+        if recipe.scale.is_some() && !options.left_out.is_empty() {
+            return Err(Error::Invalid(
+                "layers cannot be left out where scales of channels are folded into their neighbours: \
+                 choose a method without scales of channels, such as gptq"
+                    .into(),
+            ));
+        }
         let wanted = Wanted { needs: recipe.needs(), share: recipe.target_share() };
         let mut texts = Vec::new();
         if wanted.needs > Needs::Nothing {
@@ -262,6 +273,7 @@ impl<'a> Quantization<'a> {
         if let Some(finished) = &options.finished {
             key.add(finished.label.bytes().map(u32::from));
             key.add([options.true_sequential, options.folded_scales_only].map(u32::from));
+            key.add(options.left_out.iter().flat_map(|name| name.bytes().map(u32::from)));
             key.add(windows.iter().flat_map(|windows| windows.iter()).flatten().copied());
         }
         let rope = Rope::new(checkpoint.config());
@@ -334,14 +346,16 @@ impl<'a> Quantization<'a> {
         if self.options.finished.is_some() {
             key.add(work.weights.iter().flat_map(|w| w.weight.data()).map(|w| w.to_bits()));
         }
-        let names: Vec<_> = work.specs.iter().map(|spec| spec.name.as_str()).collect();
+        let quantized = |i: &usize| !self.is_left_out(&work, *i);
+        let quantized: Vec<_> = (0..work.specs.len()).filter(quantized).collect();
+        let names: Vec<_> = quantized.iter().map(|&i| work.specs[i].name.as_str()).collect();
         let kept = match &self.options.finished {
             Some(finished) => finished.read(index, &names, key.0)?,
             None => None,
         };
         let kept = match kept {
             Some(kept) => {
-                for (i, (layer, report)) in kept.layers.iter().enumerate() {
+                for (&i, (layer, report)) in quantized.iter().zip(&kept.layers) {
                     block.layers[i] = work.layer(i, make(layer))?;
                     progress(report);
                 }
@@ -369,6 +383,10 @@ impl<'a> Quantization<'a> {
         let [norm, other] = kept.norms;
         let norms = [(attention, norm), (mlp, other)];
         Ok(Some(QuantizedBlock { norms, layers: kept.layers, computed: block }))
+    }
+
+    fn is_left_out(&self, work: &Work, i: usize) -> bool {
+        self.options.left_out.contains(&work.specs[i].name)
     }
 
     /// Quantizes the layers of a block, each into its place in `block`.
@@ -405,7 +423,7 @@ impl<'a> Quantization<'a> {
             let recipe = Recipe { scale: None, ..*self.recipe };
             for (seen, set) in statistics.iter().zip(group.clone()) {
                 let inputs = InputSet::new(&seen.calibration);
-                for i in SETS[set].clone() {
+                for i in SETS[set].clone().filter(|&i| !self.is_left_out(work, i)) {
                     let before = leftover[set].clone();
                     let (layer, report) = work.quantize(&recipe, i, &inputs, before, ctx)?;
                     block.layers[i] = work.layer(i, make(&layer))?;

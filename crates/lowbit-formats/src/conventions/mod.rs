@@ -16,13 +16,13 @@ mod parts;
 use std::fmt;
 
 use lowbit_core::QLinear;
-use serde_json::Value;
+use serde_json::{Value, json};
 
 pub use awq::{Awq, AwqVersion};
 pub use bitsandbytes::{Bnb4, BnbInt8};
 pub use compressed_tensors::{CompressedInt, CompressedPacked};
 pub use fp4::{GptOss, Mxfp4, Nvfp4};
-pub use fp8::Fp8;
+pub use fp8::{CompressedFloat, Fp8};
 pub use ggml::Ggml;
 pub use gptq::Gptq;
 pub use lowbit::Lowbit;
@@ -105,6 +105,37 @@ pub fn from_config(config: &Value) -> Result<Box<dyn Convention>> {
         Some(method) => Err(error(format!("the quant_method {method:?} is not supported"))),
         None => Err(error("it has no quant_method".into())),
     }
+}
+
+/// Names the linear `layers` that stay floats in a `quantization_config` that a [`Convention`] has made, where its
+/// readers look for them: `ignore` of compressed-tensors, `modules_to_not_convert` of AWQ and FP8,
+/// `llm_int8_skip_modules` of bitsandbytes, `dynamic` of GPTQ. The readers of other methods look at the tensors.
+///
+/// # Example
+/// ```
+/// use lowbit_formats::conventions::leave_out;
+/// use serde_json::json;
+///
+/// let mut config = json!({"quant_method": "gptq", "bits": 4});
+/// leave_out(&mut config, &["model.layers.0.mlp.gate"]);
+/// assert_eq!(config["dynamic"], json!({"-:model\\.layers\\.0\\.mlp\\.gate$": {}}));
+/// ```
+pub fn leave_out(config: &mut Value, layers: &[&str]) {
+    let method = config.get("quant_method").and_then(Value::as_str).unwrap_or_default();
+    let key = match method {
+        "compressed-tensors" => "ignore",
+        "awq" | "fp8" => "modules_to_not_convert",
+        "bitsandbytes" => "llm_int8_skip_modules",
+        "gptq" => {
+            // Regular expressions for what stands at the start of a name; `-:` leaves layers out.
+            let pattern = |layer: &&str| (format!("-:{}$", layer.replace('.', "\\.")), json!({}));
+            let patterns: serde_json::Map<_, _> = layers.iter().map(pattern).collect();
+            config["dynamic"] = patterns.into();
+            return;
+        }
+        _ => return,
+    };
+    config[key] = layers.into();
 }
 
 /// A whole number of a configuration; `None` where it is absent or, as a group size of −1, negative.
