@@ -64,6 +64,9 @@ impl Convention for Lowbit {
         let [Ok(n), Ok(k)] = [0, 1].map(|i| shape.get(i).map_or(Ok(0), |size| size.size())) else {
             return Err(header.error("expected a shape of two sizes".into()));
         };
+        if n == 0 || k == 0 {
+            return Err(header.error(format!("a weight of {n} x {k} has no elements")));
+        }
         let scheme = scheme(json.get("scheme")?)?;
         let bytes = |part: &str| {
             let view = layer.get(part)?;
@@ -106,6 +109,9 @@ impl Convention for Lowbit {
         let writer = Writer { convention: NAME, layer, name };
         let weight = writer.weight();
         let (n, k) = (weight.rows(), weight.cols());
+        if n == 0 || k == 0 {
+            return Err(writer.unsupported(format!("a weight of {n} x {k}, which has no elements")));
+        }
         let bytes = |part: &str, bytes: Vec<u8>| {
             let len = bytes.len();
             writer.tensor(part, Dtype::U8, &[len], bytes)
