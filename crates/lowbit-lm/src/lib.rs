@@ -63,7 +63,7 @@ mod tests;
 mod tokenizer;
 mod windows;
 
-pub use checkpoint::{Checkpoint, LinearWeights};
+pub use checkpoint::{Checkpoint, LinearWeights, quantization_config};
 pub use config::{Config, Llama3Scaling};
 pub use dense::DenseLinear;
 pub use error::Error;
