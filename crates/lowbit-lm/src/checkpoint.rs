@@ -318,11 +318,6 @@ impl Checkpoint {
         if bias {
             self.check_tensor(&own, &[shape.0])?;
             checked.known.insert(own);
-        } else if self.tensors.tensor(&own).is_ok() {
-            if !is_zero(&self.vector(&own)?) {
-                return Err(self.unexpected_bias(&name));
-            }
-            checked.known.insert(own);
         }
         Ok(())
     }
@@ -377,7 +372,7 @@ impl Checkpoint {
             let file = self.tensors.tensor(name)?.file.to_string();
             let tensor = name.to_string();
             let beside = |(dot, _)| checked.known.contains(&format!("{}.weight", &name[..dot]));
-            return Err(match name.match_indices('.').any(beside) {
+            return Err(match name.match_indices('.').any(beside) && !name.ends_with(".bias") {
                 true => Error::Format(formats::Error::Tensor {
                     file,
                     tensor,

@@ -238,6 +238,11 @@ impl QuantizationConfig {
         };
         match layer.find("weight") {
             Some(weight) if is_plain(weight.dtype) => {}
+            // An array of numbers that is nobody's code.
+            Some(weight) if names.len() == 1 => {
+                let (file, tensor) = (weight.file.into(), weight.name.into());
+                return Err(Error::Dtype { file, tensor, got: weight.dtype });
+            }
             Some(weight) => {
                 return Err(weight.error(format!(
                     "it is {}, but its scale is not there under a known name; beside it lies {}",
