@@ -501,7 +501,10 @@ fn the_convention_is_found_in_the_configuration_that_it_writes() {
     }
     for (config, expected) in [
         (json!({}), "quantization_config: it has no quant_method"),
-        (json!({"quant_method": "quip"}), "quantization_config: tensors of the quant_method quip are"),
+        (
+            json!({"quant_method": "quip"}),
+            "quantization_config: tensors of the quant_method quip are",
+        ),
         (
             json!({"quant_method": "gptq", "checkpoint_format": "marlin"}),
             "quantization_config: checkpoint_format of gptq is \"marlin\", expected \"gptq\" or",

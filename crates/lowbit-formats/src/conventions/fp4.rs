@@ -77,7 +77,8 @@ impl Convention for Nvfp4 {
     fn holds(&self, source: &dyn TensorSource, layer: &str) -> bool {
         let layer = Layer { source, name: layer };
         let (codes, step) = self.parts();
-        layer.has(codes) && layer.has("weight_scale") && layer.has(step)
+        let bytes = layer.find(codes).is_some_and(|codes| codes.dtype == Dtype::U8);
+        bytes && layer.has("weight_scale") && layer.has(step)
     }
 
     fn rounds_inputs_to_floats(&self) -> bool {
