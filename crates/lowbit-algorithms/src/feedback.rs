@@ -13,8 +13,7 @@
 use pulp::{Simd, WithSimd, bytemuck};
 
 use lowbit_core::{
-    Context, Division, Encoder, Fit, Params, QuantScheme, QuantType, Result, Rounding, ZeroFormat,
-    f16,
+    Context, Encoder, Fit, Params, QuantScheme, QuantType, Result, Rounding, ZeroFormat, f16,
 };
 use rayon::prelude::*;
 
@@ -200,11 +199,10 @@ pub(crate) struct Levels {
 impl Levels {
     pub(crate) fn new(scheme: QuantScheme, fit: &Fit) -> Result<Self> {
         let encoder = Encoder::new(scheme, fit)?;
-        let simple = fit.rounding == Rounding::NearestEven && fit.division == Division::Stored;
         let lowest = encoder
             .code(Params { scale: 1.0, zero: f32::from(scheme.midpoint()), offset: 0.0 }, -1e6);
         let integer = match scheme.dtype {
-            QuantType::Int { .. } if simple => {
+            QuantType::Int { .. } if fit.rounding == Rounding::NearestEven => {
                 Some((f32::from(lowest), f32::from(scheme.dtype.max_code())))
             }
             _ => None,
@@ -306,15 +304,18 @@ pub(crate) struct Run<'a> {
 }
 
 impl WithSimd for Run<'_> {
-    type Output = ();
+    /// Of each lane 0, or NaN if one of its weights was not finite with what was added to it.
+    type Output = Lanes;
 
     #[inline(always)]
-    fn with_simd<S: Simd>(self, _: S) {
+    fn with_simd<S: Simd>(self, _: S) -> Lanes {
         let Self { levels, grids, block, from, to, target, d, codes, y, .. } = self;
+        let mut finite = [0.0; LANES];
         for j in from..to {
             let mut w = [0.0; LANES];
             for l in 0..LANES {
                 w[l] = target[j][l] + y[j][l];
+                finite[l] += 0.0 * w[l];
             }
             let mut q = levels.nearest(grids, &w, &mut codes[j]);
             let mut kept = 0;
@@ -336,6 +337,7 @@ impl WithSimd for Run<'_> {
             d[j] = error;
             add_to(&mut y[..block.width()], j + 1, &error, block.inner(j));
         }
+        finite
     }
 }
 
@@ -397,15 +399,18 @@ pub(crate) struct Descend<'a> {
 }
 
 impl WithSimd for Descend<'_> {
-    type Output = ();
+    /// As of [`Run`].
+    type Output = Lanes;
 
     #[inline(always)]
-    fn with_simd<S: Simd>(self, _: S) {
+    fn with_simd<S: Simd>(self, _: S) -> Lanes {
         let Self { levels, grids, group, block, target, d, codes, y, kept, extra } = self;
+        let mut finite = [0.0; LANES];
         for j in (0..block.width()).rev() {
             let mut w = [0.0; LANES];
             for l in 0..LANES {
                 w[l] = target[j][l] - d[j][l] + y[j][l];
+                finite[l] += 0.0 * w[l];
             }
             let (grids, before) = (&grids[group[j]], codes[j]);
             let mut q = levels.nearest(grids, &w, &mut codes[j]);
@@ -424,6 +429,7 @@ impl WithSimd for Descend<'_> {
             }
             add_to(&mut y[..j], 0, &change, block.inner(j));
         }
+        finite
     }
 }
 

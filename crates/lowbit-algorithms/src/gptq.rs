@@ -13,6 +13,8 @@
 //! * a symmetric grid is one in every row; theirs is not in rows without negative weights;
 //! * if there is no Cholesky factor, the damping is multiplied by ten until there is one.
 
+use std::sync::Arc;
+
 use lowbit_core::{
     BlockParams, Context, Error, Fit, Mat, MatRef, Outliers, Params, QLinear, QMatrix, QuantScheme,
     Result, ScaleFormat, SparseRows, Transform, ZeroFormat, f16,
@@ -20,7 +22,7 @@ use lowbit_core::{
 use pulp::Arch;
 
 use crate::{
-    Calibration, Needs, Plan, Quantized, Quantizer, Report, Uncalibrated,
+    Calibration, InputSet, Needs, Plan, Quantized, Quantizer, Report, Uncalibrated,
     feedback::{
         Band, Block, Descend, Free, Grids, LANES, Lanes, LeaveOut, Levels, Run, blocks, map,
     },
@@ -135,16 +137,16 @@ impl Gptq {
 }
 
 impl Quantizer for Gptq {
-    fn quantize(
+    fn quantize_in_set(
         &self,
         w: MatRef<'_, f32>,
-        calibration: &Calibration,
+        inputs: &InputSet<'_>,
         ctx: &mut Context,
     ) -> Result<Quantized> {
-        let Some(hessian) = self.hessian(w, calibration)? else {
+        let Some(hessian) = self.hessian(w, inputs.calibration())? else {
             return nearest(w, self.scheme, &self.fit);
         };
-        Solver { gptq: self, hessian: &hessian, outliers: None }.solve(w, ctx)
+        Solver { gptq: self, inputs, hessian: &hessian, outliers: None }.solve(w, ctx)
     }
 
     fn needs(&self) -> Needs {
@@ -161,7 +163,7 @@ impl Quantizer for Gptq {
             plan.memory.saturating_add(of_weights).saturating_add(of_inputs.saturating_mul(10));
         let mut bytes = plan.bytes;
         if self.order == Order::Sorted {
-            bytes += permutation(&(0..in_features).collect::<Vec<_>>())?.bytes();
+            bytes += 4 * in_features;
         }
         Ok(Plan { memory, bytes, ..plan })
     }
@@ -221,6 +223,7 @@ pub(crate) fn permutation(order: &[usize]) -> Result<Transform> {
 
 pub(crate) struct Solver<'a> {
     pub(crate) gptq: &'a Gptq,
+    pub(crate) inputs: &'a InputSet<'a>,
     pub(crate) hessian: &'a Hessian<'a>,
     /// Which weights are kept beside the codes.
     pub(crate) outliers: Option<OutlierRule>,
@@ -244,7 +247,7 @@ impl Solver<'_> {
     }
 
     pub(crate) fn solve(&self, w: MatRef<'_, f32>, ctx: &mut Context) -> Result<Quantized> {
-        let Self { gptq, hessian, outliers } = *self;
+        let Self { gptq, inputs, hessian, outliers } = *self;
         let ((n, k), scheme) = (w.shape(), gptq.scheme);
         let levels = Levels::new(scheme, &gptq.fit)?;
         // The weights as they will be stored, without those that no input reaches.
@@ -255,8 +258,8 @@ impl Solver<'_> {
         });
         let grid = Grid::new(scheme, n, k, gptq.order == Order::Falling);
         let columns = self.columns();
-        let factor = hessian.factor(gptq.damping, ctx)?;
-        let damping = factor.damping;
+        let edges = if grid.fresh { grid.cols } else { k };
+        let elimination = inputs.elimination(hessian, gptq.damping, edges, ctx)?;
 
         // Grids that do not depend on what happens on the way.
         let mut stored = None;
@@ -271,24 +274,20 @@ impl Solver<'_> {
         let mut bands = map((0..n).step_by(LANES).collect(), ctx, |first| {
             Band::new(target.as_ref(), first, &columns, grid.across)
         });
-        let edges = if grid.fresh { grid.cols } else { k };
-        let coefficients = panels(&factor, edges, ctx);
-        let importance: Vec<_> = factor.diagonal().map(|r| (r * r) as f32).collect();
-        drop(factor);
         let mut pass = Pass {
             levels: &levels,
-            blocks: &coefficients,
+            blocks: &elimination.blocks,
             groups: &groups,
             grid: &grid,
             fixed: !grid.fresh,
-            importance: &importance,
+            importance: &elimination.importance,
             threshold: None,
         };
         if let Some(stored) = &stored {
             bands.iter_mut().for_each(|band| grid.give(stored.params(), band));
         }
         if let Some(rule) = outliers {
-            let unit = sensitivity(target.as_ref(), &columns, &importance);
+            let unit = sensitivity(target.as_ref(), &columns, &elimination.importance);
             let threshold = rule.threshold(unit, &bands, k, |bands, threshold| {
                 Pass { threshold: Some(threshold), ..pass }.run(bands, ctx)
             })?;
@@ -307,21 +306,19 @@ impl Solver<'_> {
             }
             stored = Some(params);
         }
-        drop(coefficients);
+        let damping = elimination.damping;
+        drop(elimination);
 
         if gptq.sweeps > 0 && k > 0 {
             bands.iter_mut().for_each(|band| band.reorder(&columns));
-            let sweeps = Sweeps::new(self, &levels, &grid, damping, ctx);
+            let sweeps = Sweeps::new(self, &levels, &grid, damping, ctx)?;
             for sweep in 0..gptq.sweeps {
                 if sweep < gptq.refits && grid.can_refit {
                     for_each(&mut bands, ctx, |bands| {
                         bands.iter_mut().try_for_each(|band| sweeps.refit(band))
                     })?;
                 }
-                for_each(&mut bands, ctx, |bands| {
-                    sweeps.descend(bands);
-                    Ok(())
-                })?;
+                for_each(&mut bands, ctx, |bands| sweeps.descend(bands))?;
             }
             if gptq.refits > 0 && grid.can_refit {
                 let exact = grid.take(&bands, n);
@@ -590,7 +587,7 @@ impl Pass<'_> {
             if !self.fixed && (start + from).is_multiple_of(self.grid.cols) {
                 self.fit(band, b, from, &y)?;
             }
-            Arch::new().dispatch(Run {
+            let finite = Arch::new().dispatch(Run {
                 levels: self.levels,
                 grids: &band.grids[group],
                 block,
@@ -605,6 +602,7 @@ impl Pass<'_> {
                 importance: &self.importance[start..end],
                 threshold: self.threshold.unwrap_or(f32::INFINITY),
             });
+            check_compensated(&finite, band, start + from)?;
             from += same;
         }
         Ok(())
@@ -664,6 +662,17 @@ impl Pass<'_> {
     }
 }
 
+/// Refuses sums beyond f32, as [`Run`] and [`Descend`] give them from column `col` on.
+fn check_compensated(finite: &Lanes, band: &Band, col: usize) -> Result<()> {
+    match finite[..band.rows].iter().position(|finite| finite.is_nan()) {
+        Some(lane) => {
+            let (what, row) = ("compensated weight", band.first + lane);
+            Err(Error::NotFinite { what, row, col })
+        }
+        None => Ok(()),
+    }
+}
+
 /// The same error at the block that begins there.
 pub(crate) fn at_block(error: Error, row: usize, col: usize) -> Error {
     match error {
@@ -680,11 +689,16 @@ pub(crate) fn at_block(error: Error, row: usize, col: usize) -> Error {
 struct Sweeps<'a> {
     levels: &'a Levels,
     grid: &'a Grid,
+    h: Arc<Descent>,
+    groups: Vec<usize>,
+}
+
+/// A second moment as coordinate descent reads it.
+pub(crate) struct Descent {
     /// `H_ic / H_cc` with damping, 0 for i = c inside a block.
     blocks: Vec<Block>,
     /// `H_cc` with damping.
     diagonal: Vec<f64>,
-    groups: Vec<usize>,
 }
 
 impl<'a> Sweeps<'a> {
@@ -694,29 +708,33 @@ impl<'a> Sweeps<'a> {
         grid: &'a Grid,
         damping: f64,
         ctx: &mut Context,
-    ) -> Self {
-        let k = solver.hessian.len();
-        let damped = solver.hessian.damped(damping);
-        let diagonal: Vec<_> = (0..k).map(|c| damped[solver.channel(c)]).collect();
-        let blocks = map(blocks(k, grid.cols), ctx, |(start, end)| {
-            Block::new(start, end, k, |i, c| {
-                if i == c {
-                    return 1.0;
-                }
-                (solver.hessian.at(solver.channel(i), solver.channel(c)) / diagonal[c]) as f32
-            })
-        });
+    ) -> Result<Self> {
+        let (k, hessian) = (solver.hessian.len(), solver.hessian);
+        let sorted = solver.gptq.order == Order::Sorted;
+        let h = solver.inputs.descent(hessian, (damping, sorted, grid.cols), || {
+            let damped = hessian.damped(damping);
+            let diagonal: Vec<_> = (0..k).map(|c| damped[solver.channel(c)]).collect();
+            let blocks = map(blocks(k, grid.cols), ctx, |(start, end)| {
+                Block::new(start, end, k, |i, c| {
+                    if i == c {
+                        return 1.0;
+                    }
+                    (hessian.at(solver.channel(i), solver.channel(c)) / diagonal[c]) as f32
+                })
+            });
+            Descent { blocks, diagonal }
+        })?;
         let groups = (0..k).map(|c| c / grid.cols).collect();
-        Self { levels, grid, blocks, diagonal, groups }
+        Ok(Self { levels, grid, h, groups })
     }
 
     /// Codes by coordinate descent, from the last column to the first.
-    fn descend(&self, bands: &mut [Band]) {
-        for block in self.blocks.iter().rev() {
+    fn descend(&self, bands: &mut [Band]) -> Result<()> {
+        for block in self.h.blocks.iter().rev() {
             let (start, end) = (block.start, block.end);
             for band in &mut *bands {
                 let mut y = block.product(&band.d);
-                Arch::new().dispatch(Descend {
+                let finite = Arch::new().dispatch(Descend {
                     levels: self.levels,
                     grids: &band.grids,
                     group: &self.groups[start..end],
@@ -728,8 +746,10 @@ impl<'a> Sweeps<'a> {
                     kept: &band.kept[start..end],
                     extra: &mut band.extra[start..end],
                 });
+                check_compensated(&finite, band, start)?;
             }
         }
+        Ok(())
     }
 
     /// The scales of each row by least squares under H, codes held: with `b = level − zero` in the
@@ -754,13 +774,13 @@ impl<'a> Sweeps<'a> {
         // Of each lane, row-major over groups.
         let mut m = vec![[0.0_f64; LANES]; count * count];
         let mut rhs = vec![[0.0_f64; LANES]; count];
-        for block in &self.blocks {
+        for block in &self.h.blocks {
             let columns = block.start..block.end;
             let add = |y: &[Lanes], to: &mut [[f64; LANES]], stride: usize, at: usize| {
                 for (c, y) in columns.clone().zip(y) {
                     let to = &mut to[self.groups[c] * stride + at];
                     for l in 0..LANES {
-                        to[l] += f64::from(b[c][l]) * self.diagonal[c] * f64::from(y[l]);
+                        to[l] += f64::from(b[c][l]) * self.h.diagonal[c] * f64::from(y[l]);
                     }
                 }
             };

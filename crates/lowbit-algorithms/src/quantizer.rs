@@ -1,6 +1,6 @@
 use lowbit_core::{Context, MatRef, QLinear, QuantScheme, Result};
 
-use crate::Calibration;
+use crate::{Calibration, InputSet};
 
 /// Turns weights and statistics of their inputs into a quantized layer.
 ///
@@ -34,6 +34,20 @@ pub trait Quantizer: Send + Sync {
         w: MatRef<'_, f32>,
         calibration: &Calibration,
         ctx: &mut Context,
+    ) -> Result<Quantized> {
+        self.quantize_in_set(w, &InputSet::new(calibration), ctx)
+    }
+
+    /// The same for one of several layers that share an input: what depends on the input alone is
+    /// computed once for all of them.
+    ///
+    /// # Errors
+    /// As [`quantize`](Self::quantize).
+    fn quantize_in_set(
+        &self,
+        w: MatRef<'_, f32>,
+        inputs: &InputSet<'_>,
+        ctx: &mut Context,
     ) -> Result<Quantized>;
 
     /// Which statistics [`quantize`](Self::quantize) looks at.
@@ -44,6 +58,12 @@ pub trait Quantizer: Send + Sync {
     /// # Errors
     /// Those of an impossible scheme; [`Error::TooLarge`](lowbit_core::Error::TooLarge).
     fn plan(&self, out_features: usize, in_features: usize) -> Result<Plan>;
+
+    /// May the layers that it makes have [outliers](lowbit_core::Outliers)? A layer holds one kind of
+    /// them: a [`Recipe`](crate::Recipe) refuses to add another before it does any work.
+    fn has_outliers(&self) -> bool {
+        false
+    }
 
     /// Which part, 0 to 1, of what the inputs have lost in the layers before this one the layer is
     /// meant to make up for: whoever has its [`Drift`](crate::Drift) hands over the weight of

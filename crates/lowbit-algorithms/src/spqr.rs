@@ -22,7 +22,7 @@ use lowbit_core::{
 };
 
 use crate::{
-    Calibration, Gptq, Needs, Order, Plan, Quantized, Quantizer,
+    Gptq, InputSet, Needs, Order, Plan, Quantized, Quantizer,
     feedback::{Band, LANES},
     gptq::{Solver, check_parameter, nearest},
 };
@@ -138,25 +138,27 @@ impl OutlierRule {
 impl Quantizer for Spqr {
     /// # Errors
     /// Those of [`Gptq`]; [`Error::Parameter`] for an impossible threshold or share.
-    fn quantize(
+    fn quantize_in_set(
         &self,
         w: MatRef<'_, f32>,
-        calibration: &Calibration,
+        inputs: &InputSet<'_>,
         ctx: &mut Context,
     ) -> Result<Quantized> {
         let gptq = &self.rounding;
         self.outliers.check()?;
-        let Some(hessian) = gptq.hessian(w, calibration)? else {
+        let Some(hessian) = gptq.hessian(w, inputs.calibration())? else {
             return nearest(w, gptq.scheme, &gptq.fit);
         };
-        Solver { gptq, hessian: &hessian, outliers: Some(self.outliers) }.solve(w, ctx)
+        Solver { gptq, inputs, hessian: &hessian, outliers: Some(self.outliers) }.solve(w, ctx)
     }
 
     fn needs(&self) -> Needs {
         Needs::SecondMoment
     }
 
-    /// With a threshold, 1 % of outliers are assumed.
+    /// [`Plan::bytes`] is an estimate: the number of outliers depends on the weights. As many are counted as
+    /// the share says, or 1 % with a threshold. A layer whose inputs have no signal is rounded to nearest
+    /// and has none.
     fn plan(&self, out_features: usize, in_features: usize) -> Result<Plan> {
         let plan = self.rounding.plan(out_features, in_features)?;
         let share = match self.outliers {
@@ -164,10 +166,13 @@ impl Quantizer for Spqr {
             OutlierRule::Threshold(_) => 0.01,
         };
         // A value and a column each, and where each row begins.
-        let column = if in_features <= 1 << 16 { 2 } else { 4 };
-        let outliers = (share * plan.weights as f64) as usize * (2 + column);
+        let outliers = (share * plan.weights as f64) as usize * (2 + 4);
         let bytes = plan.bytes + outliers + 4 * (out_features + 1);
         Ok(Plan { bytes, ..plan })
+    }
+
+    fn has_outliers(&self) -> bool {
+        true
     }
 
     fn target_share(&self) -> f64 {

@@ -5,7 +5,8 @@ use alloc::{vec, vec::Vec};
 use lowbit_dtypes::{pack, packed_len};
 
 use crate::{
-    Error, Fit, Mat, Params, QMatrix, QuantScheme, Result, ScaleFormat, ZeroFormat,
+    Division, Error, Fit, Mat, Params, QMatrix, QuantScheme, Result, Rounding, ScaleFormat,
+    ZeroFormat,
     fit::{Grid, Plan},
     qmatrix::Layout,
     quantize::search_block,
@@ -47,10 +48,24 @@ impl Encoder {
     /// For blocks of `scheme`; its granularity does not matter.
     ///
     /// # Errors
-    /// Those of [`QMatrix::quantize_with`] for an impossible scheme or fit.
+    /// Those of [`QMatrix::quantize_with`] for an impossible scheme or fit. [`Error::Unsupported`] for
+    /// [`Rounding::Stochastic`], since a weight alone has no place from which its random bits could come,
+    /// and for [`Division::ExactReciprocal`], since parameters do not say what the scale was before it was
+    /// rounded.
     pub fn new(scheme: QuantScheme, fit: &Fit) -> Result<Self> {
         scheme.check()?;
         fit.check(scheme)?;
+        let refuse = |what: &str| Err(Error::Unsupported { by: "an encoder", what: what.into() });
+        if let Rounding::Stochastic { .. } = fit.rounding {
+            return refuse(
+                "stochastic rounding, which needs the place of each weight; choose another rounding, or round to nearest without error feedback",
+            );
+        }
+        if fit.division == Division::ExactReciprocal {
+            return refuse(
+                "division by a scale before it is rounded, which codes chosen one by one do not know; choose Division::Stored",
+            );
+        }
         Ok(Self { plan: Plan::new(scheme, fit) })
     }
 
@@ -139,8 +154,8 @@ impl BlockParams {
     /// # Errors
     /// Those of [`QMatrix::quantize`] for an impossible scheme, [`Error::Length`] for another number
     /// of blocks, [`Error::NotFinite`] at the first block with a parameter that is not finite,
-    /// [`Error::Parameter`] for an integer zero that is no code, [`Error::ScaleOverflow`] and
-    /// [`Error::ZeroOverflow`].
+    /// [`Error::Parameter`] for an integer zero that is no code, [`Error::ScaleOverflow`], also for a scale
+    /// whose outermost level is beyond f32, and [`Error::ZeroOverflow`].
     pub fn round(scheme: QuantScheme, rows: usize, cols: usize, params: &[Params]) -> Result<Self> {
         scheme.check()?;
         let layout = Layout::new(rows, cols, scheme)?;
@@ -166,6 +181,7 @@ impl BlockParams {
                 return Err(Error::Parameter { what, value, expected: "a code of the type" });
             }
         }
+        let exact = params;
         let mut params = params.to_vec();
         let mut store = |format: ScaleFormat, field: fn(&mut Params) -> &mut f32| {
             let exact = params.iter_mut().map(|p| *field(p)).collect();
@@ -215,6 +231,12 @@ impl BlockParams {
                 ZeroFormat::Int | ZeroFormat::Real(_) => p.offset = 0.0,
                 ZeroFormat::Offset(_) => p.zero = 0.0,
             }
+        }
+        let plan = Plan::new(scheme, &Fit::NEAREST);
+        if let Some(at) = params.iter().position(|p| plan.reaches_infinity(&Grid::of(*p))) {
+            let (scale, format, (row, col)) =
+                (exact[at].scale, scheme.scale_format.name(), place(at));
+            return Err(Error::ScaleOverflow { scale, format, row, col });
         }
         Ok(Self { rows, cols, scheme, params, scales, zeros })
     }

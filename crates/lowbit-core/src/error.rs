@@ -165,6 +165,12 @@ impl Error {
         Self::Parameter { what, value: value.into(), expected: "a positive finite number" }
     }
 
+    /// An index that is not below `count`.
+    pub(crate) fn no_such(what: &'static str, count: usize, index: usize) -> Self {
+        let number = |x: usize| i64::try_from(x).unwrap_or(i64::MAX);
+        Self::OutOfRange { what, min: 0, max: number(count) - 1, got: number(index) }
+    }
+
     /// The same error at another row, for callees that see one row at a time.
     #[must_use]
     pub fn at_row(self, row: usize) -> Self {

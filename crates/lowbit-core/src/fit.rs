@@ -117,6 +117,8 @@ pub(crate) struct Plan {
     lowest: f32,
     /// What the largest magnitude becomes in a type that is symmetric by itself.
     reach: f32,
+    /// The largest magnitude of a level.
+    outermost: f32,
     table: Option<Table16>,
 }
 
@@ -137,7 +139,8 @@ impl Plan {
         let restricted = scheme.zero == ZeroFormat::Midpoint
             && fit.symmetric == SymmetricScale::Restricted
             && midpoint > 1.0;
-        let reach = scheme.dtype.reach();
+        let outermost = scheme.dtype.reach();
+        let reach = outermost;
         let (reach, table) = match scheme.dtype {
             QuantType::Int { .. } => (reach, None),
             // The power of two below it: the rule of the MX formats.
@@ -149,6 +152,7 @@ impl Plan {
         };
         Self {
             reach,
+            outermost,
             table,
             scheme,
             fit: *fit,
@@ -180,15 +184,18 @@ impl Plan {
         if extreme == 0.0 && lo == hi {
             return 1.0;
         }
-        if matches!(self.scheme.zero, ZeroFormat::Real(_)) && lo == hi && lo != 0.0 {
-            // The range from 0 to the one weight: a real zero must not be large.
-            return lo.abs() / self.max_code;
-        }
         let amax = hi.max(-lo);
-        let exact = if self.scheme.zero == ZeroFormat::None {
-            // Unsigned integers have no level below 0.
-            let integers = matches!(self.scheme.dtype, QuantType::Int { .. });
-            (if integers { hi } else { amax }) / self.reach
+        let exact = if matches!(self.scheme.zero, ZeroFormat::Real(_)) && lo == hi && lo != 0.0 {
+            // The range from 0 to the one weight: a real zero must not be large.
+            lo.abs() / self.max_code
+        } else if self.scheme.zero == ZeroFormat::None {
+            // Unsigned numbers have no level below 0.
+            let unsigned = match self.scheme.dtype {
+                QuantType::Int { .. } => true,
+                QuantType::Float(format) => !format.is_signed(),
+                QuantType::Table(_) => false,
+            };
+            (if unsigned { hi } else { amax }) / self.reach
         } else if symmetric {
             match self.fit.symmetric {
                 SymmetricScale::HalfStep => amax / (self.max_code / 2.0),
@@ -251,8 +258,8 @@ impl Plan {
     #[inline(always)]
     pub(crate) fn reaches_infinity(&self, grid: &Grid) -> bool {
         let lowest =
-            if matches!(self.scheme.dtype, QuantType::Int { .. }) { 0.0 } else { -self.reach };
-        !(grid.params.real(lowest).is_finite() && grid.params.real(self.reach).is_finite())
+            if matches!(self.scheme.dtype, QuantType::Int { .. }) { 0.0 } else { -self.outermost };
+        !(grid.params.real(lowest).is_finite() && grid.params.real(self.outermost).is_finite())
     }
 
     /// The code of each of `x`; `index` is that of the first in the matrix.
@@ -346,8 +353,10 @@ fn encode_floats(format: Format, grid: &Grid, x: &[f32], codes: &mut [u8]) {
         Format::F6E3M2 => encode_as_type::<F6E3M2>(grid, x, codes),
         Format::F4E2M1 => encode_as_type::<F4E2M1>(grid, x, codes),
         _ => {
+            // Without a sign, what is negative saturates at the lowest level.
+            let lowest = if format.is_signed() { f32::NEG_INFINITY } else { 0.0 };
             for (&x, code) in x.iter().zip(codes) {
-                *code = format.encode(grid.steps(x), Overflow::Saturate);
+                *code = format.encode(grid.steps(x).max(lowest), Overflow::Saturate);
             }
         }
     }
@@ -406,7 +415,7 @@ impl Fit {
     pub(crate) fn check(&self, scheme: QuantScheme) -> Result<()> {
         if !matches!(scheme.dtype, QuantType::Int { .. }) && self.rounding != Rounding::NearestEven
         {
-            let what = format!("{:?} to {:?}", self.rounding, scheme.dtype);
+            let what = format!("{} to {}", self.rounding, scheme.dtype);
             return Err(Error::Unsupported { by: "round to nearest", what });
         }
         let parameter = |what, value, expected| Err(Error::Parameter { what, value, expected });

@@ -127,7 +127,7 @@ impl<S: AsRef<[u8]>> QLinear<S> {
     ///
     /// # Errors
     /// [`Error::Parameter`] for a threshold that is no positive number; [`Error::Shape`] and
-    /// [`Error::Length`] if known columns or sparse weights are not of this layer.
+    /// [`Error::OutOfRange`] if known columns or sparse weights are not of this layer.
     pub fn with_outliers(self, outliers: Option<Outliers>) -> Result<Self> {
         if let Some(outliers) = &outliers {
             outliers.check(self.weight.rows(), self.weight.cols())?;
@@ -178,7 +178,8 @@ impl<S: AsRef<[u8]>> QLinear<S> {
     }
 
     /// The `(out_features, in_features)` weight that this layer stands for in the basis of its input:
-    /// `(Q + S)·T + B·A`. Outlier columns count with their own weights; activations are not looked at.
+    /// `(Q + S)·T + B·A`. Outlier columns count with their own weights; activations are not looked at. What is
+    /// beyond f32 in that basis is infinite.
     ///
     /// # Errors
     /// None for a layer that could be built.

@@ -239,11 +239,9 @@ impl SparseRows {
         Ok(())
     }
 
-    /// Bytes stored: 2 for each value, 2 for each column in rows of up to 65,536 features (4 beyond), 4
-    /// for each row and 4 more.
+    /// Bytes stored, in files as in memory: 2 for each value, 4 for its column, 4 for each row and 4 more.
     pub fn bytes(&self) -> usize {
-        let column = if self.cols <= 1 << 16 { 2 } else { 4 };
-        (2 + column) * self.values.len() + 4 * self.starts.len()
+        (2 + 4) * self.values.len() + 4 * self.starts.len()
     }
 }
 
@@ -261,9 +259,7 @@ impl Outliers {
                     return Err(Error::Shape { what: "outlier weights", expected, got });
                 }
                 match columns.last() {
-                    Some(&got) if got >= k => {
-                        Err(Error::Length { what: "in_features", expected: got + 1, got: k })
-                    }
+                    Some(&got) if got >= k => Err(Error::no_such("outlier column", k, got)),
                     _ => Ok(()),
                 }
             }

@@ -207,7 +207,8 @@ impl<S: AsRef<[u8]>> QMatrix<S> {
     /// Unpacks the codes of row `r`, one a byte.
     ///
     /// # Errors
-    /// [`Error::Length`] if `to` is not as long as a row or `r` is behind the last one.
+    /// [`Error::Length`] if `to` is not as long as a row, [`Error::OutOfRange`] if `r` is behind the last
+    /// one.
     pub fn unpack_row(&self, r: usize, to: &mut [u8]) -> Result<()> {
         if to.len() != self.cols {
             return Err(Error::Length {
@@ -217,11 +218,7 @@ impl<S: AsRef<[u8]>> QMatrix<S> {
             });
         }
         if r >= self.rows {
-            return Err(Error::Length {
-                what: "rows",
-                expected: r.saturating_add(1),
-                got: self.rows,
-            });
+            return Err(Error::no_such("row of a matrix", self.rows, r));
         }
         let bits = u32::from(self.scheme.dtype.bits());
         let stride = packed_len(self.cols, bits);
@@ -330,8 +327,7 @@ impl<S: AsRef<[u8]>> QMatrix<S> {
             return Err(Error::Shape { what: "dequantized rows", expected, got: to.shape() });
         }
         if let Some(&id) = ids.iter().find(|&&id| id as usize >= self.rows) {
-            let (max, got) = (self.rows as i64 - 1, i64::from(id));
-            return Err(Error::OutOfRange { what: "row of a matrix", min: 0, max, got });
+            return Err(Error::no_such("row of a matrix", self.rows, id as usize));
         }
         let (block_rows, _) = self.block();
         let levels = self.levels();

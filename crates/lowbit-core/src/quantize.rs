@@ -91,7 +91,7 @@ impl QMatrix {
                     exact.copy_from_slice(&blocks.exact);
                     ranges.extend_from_slice(&blocks.ranges);
                 }
-                Some(TwoLevelGrids::new(&plan, exact, &ranges)?)
+                Some(TwoLevelGrids::new(&plan, exact, ranges)?)
             }
             _ => None,
         };
@@ -99,7 +99,11 @@ impl QMatrix {
             let rows = block_rows_of(block_row);
             let first = rows.start;
             let at = block_row * layout.grid.1;
-            blocks.measure(w, rows.clone(), block_cols, importance)?;
+            match &two_level {
+                // A search is too slow to be done twice.
+                Some(grids) => grids.recall(block_row, &mut blocks),
+                None => blocks.measure(w, rows.clone(), block_cols, importance)?,
+            }
 
             let chosen = two_level.as_ref().map(|grids| grids.row(block_row));
             let scale_bytes = match scheme.scale_format.bytes((1, 1)) {
@@ -222,23 +226,37 @@ impl Blocks {
 
 /// The scales and real zeros of all blocks, where formats make them depend on each other.
 struct TwoLevelGrids {
+    /// What was measured.
+    exact: Mat<f32>,
+    ranges: Vec<Chosen>,
     scales: (Mat<f32>, Vec<u8>),
     zeros: Option<(Mat<f32>, Vec<u8>)>,
 }
 
 impl TwoLevelGrids {
-    fn new(plan: &Plan, exact: Mat<f32>, ranges: &[Chosen]) -> Result<Self> {
+    fn new(plan: &Plan, exact: Mat<f32>, ranges: Vec<Chosen>) -> Result<Self> {
         let scheme = plan.scheme;
         let scales = scheme.scale_format.round_grid(exact.clone())?;
-        let Some(format) = scheme.zero.real() else { return Ok(Self { scales, zeros: None }) };
-        let mut zeros = exact;
-        for ((zero, scale), range) in zeros.data_mut().iter_mut().zip(scales.0.data()).zip(ranges) {
+        let Some(format) = scheme.zero.real() else {
+            return Ok(Self { exact, ranges, scales, zeros: None });
+        };
+        let mut zeros = exact.clone();
+        for ((zero, scale), range) in zeros.data_mut().iter_mut().zip(scales.0.data()).zip(&ranges)
+        {
             // Each for itself, a two-level number is not rounded.
             let Params { zero: z, offset, .. } =
                 plan.grid((range.lo, range.hi), *zero, *scale).params;
             *zero = z + offset; // one of them is 0
         }
-        Ok(Self { scales, zeros: Some(format.round_grid(zeros)?) })
+        let zeros = Some(format.round_grid(zeros)?);
+        Ok(Self { exact, ranges, scales, zeros })
+    }
+
+    /// What [`Blocks::measure`] has found in a row of blocks.
+    fn recall(&self, block_row: usize, blocks: &mut Blocks) {
+        let count = blocks.ranges.len();
+        blocks.ranges.copy_from_slice(&self.ranges[block_row * count..][..count]);
+        blocks.exact.copy_from_slice(&self.exact.data()[block_row * count..][..count]);
     }
 
     fn row(&self, r: usize) -> (&[f32], Option<&[f32]>) {

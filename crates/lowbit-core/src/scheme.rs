@@ -101,8 +101,9 @@ impl QuantType {
     /// The levels of all codes as integers in a common unit, `level(code) ≈ unit · integers[code]`,
     /// for products with integer activations; `None` for floats of more than 16 bits in that form.
     ///
-    /// Integers, FP4, FP6 and tables of whole numbers are exact. The levels of other tables are
-    /// rounded to 16 bits, `unit = reach / 32767`.
+    /// Integers, FP4, FP6 and tables of whole numbers are exact, and so are tables of multiples of a
+    /// common unit that fit a byte. The levels of other tables are rounded to 16 bits,
+    /// `unit = reach / 32767`.
     pub fn integer_levels(self) -> Option<IntegerLevels> {
         let unit = match self {
             Self::Int { .. } => 1.0,
@@ -116,7 +117,17 @@ impl QuantType {
             }
             Self::Table(levels) => {
                 let whole = |x: &f32| x.abs() < 32768.0 && *x == (*x as i32) as f32;
-                if levels.levels.iter().all(whole) { 1.0 } else { self.reach() / 32767.0 }
+                let whole = levels.levels.iter().all(whole);
+                let divisor = levels.divisor();
+                if whole && levels.fit_bytes(1.0) {
+                    1.0
+                } else if levels.fit_bytes(divisor) {
+                    divisor
+                } else if whole {
+                    1.0
+                } else {
+                    self.reach() / 32767.0
+                }
             }
         };
         let mut integers = [0; 256];
@@ -202,6 +213,25 @@ impl Levels {
         Self { bits: 4, levels: *table.levels() }
     }
 
+    /// The greatest number of which every level is a multiple.
+    fn divisor(&self) -> f32 {
+        // Remainders are exact, and a divisor of an f32 has no more digits than it.
+        let euclid = |mut a: f64, mut b: f64| {
+            while b != 0.0 {
+                (a, b) = (b, a % b);
+            }
+            a
+        };
+        self.levels.iter().fold(0.0, |divisor, x| euclid(divisor, f64::from(x.abs()))) as f32
+    }
+
+    /// Do levels and 0, in steps of `unit`, lie in a range of 256 integers?
+    fn fit_bytes(&self, unit: f32) -> bool {
+        let ends = |(lo, hi): (f32, f32), x: &f32| (lo.min(*x), hi.max(*x));
+        let (lo, hi) = self.levels.iter().fold((0.0, 0.0), ends);
+        f64::from(hi) - f64::from(lo) <= 255.0 * f64::from(unit)
+    }
+
     /// The levels, by code.
     pub fn as_slice(&self) -> &[f32] {
         &self.levels[..1 << self.bits]
@@ -285,9 +315,9 @@ pub enum ZeroFormat {
     Midpoint,
     /// An integer `Z` of `bits` bits for each block. Real 0 has a code of its own.
     Int,
-    /// A real `Z` for each block.
+    /// A real `Z` for each block; not in E8M0, which has no 0.
     Real(ScaleFormat),
-    /// An offset `O` for each block, in the unit of the weights.
+    /// An offset `O` for each block, in the unit of the weights; not in E8M0.
     Offset(ScaleFormat),
 }
 
@@ -480,8 +510,13 @@ impl QuantScheme {
             return Err(Error::EmptyBlock { rows, cols });
         }
         if !matches!(self.dtype, QuantType::Int { .. }) && self.zero != ZeroFormat::None {
-            let what = format!("a zero of {:?} for {:?}", self.zero, self.dtype);
+            let what = format!("{} for {}", self.zero, self.dtype);
             return Err(Error::Unsupported { by: "a scheme", what });
+        }
+        if self.zero.real() == Some(ScaleFormat::E8m0) {
+            let what =
+                "zeros or offsets in E8M0, which has neither 0 nor negative numbers; use f16";
+            return Err(Error::Unsupported { by: "a scheme", what: what.into() });
         }
         for format in [Some(self.scale_format), self.zero.real()].into_iter().flatten() {
             if let ScaleFormat::TwoLevel(two) = format {

@@ -235,8 +235,7 @@ impl Transform {
         Ok(())
     }
 
-    /// Bytes stored: 4 for each scale, 2 for each place in a row of up to 65,536 features (4 beyond), a
-    /// bit for each sign.
+    /// Bytes stored: 4 for each scale and for each place, a bit for each sign.
     ///
     /// # Example
     /// ```
@@ -245,7 +244,6 @@ impl Transform {
     pub fn bytes(&self) -> usize {
         match self {
             Self::Scale(scales) => 4 * scales.len(),
-            Self::Permute(places) if places.len() <= 1 << 16 => 2 * places.len(),
             Self::Permute(places) => 4 * places.len(),
             Self::Hadamard { negate } => negate.len().div_ceil(8),
         }
@@ -253,6 +251,9 @@ impl Transform {
 
     fn each_row(&self, w: &mut Mat<f32>, f: impl Fn(&mut [f64], &mut [f64])) -> Result<()> {
         self.check(w.cols())?;
+        if w.data().is_empty() {
+            return Ok(()); // however many rows there are
+        }
         let (mut wide, mut spare) = (vec![0.0; w.cols()], vec![0.0; w.cols()]);
         for row in w.as_mut().iter_rows_mut() {
             wide.iter_mut().zip(&*row).for_each(|(wide, &w)| *wide = f64::from(w));

@@ -152,6 +152,16 @@ fn integer_levels_are_exact_where_they_can_be() {
             );
         }
     }
+    // In units of 0.375, of 100, and of 1 though 3 would do: whole numbers that fit a byte stay.
+    let tables: [(&[f32], f32, &[i16]); 3] = [
+        (&[-0.375, 0.0, 0.375, 0.75], 0.375, &[-1, 0, 1, 2]),
+        (&[-25500.0, -100.0], 100.0, &[-255, -1]),
+        (&[-3.0, 0.0, 3.0, 6.0], 1.0, &[-3, 0, 3, 6]),
+    ];
+    for (levels, unit, integers) in tables {
+        let found = QuantType::Table(Levels::new(levels).unwrap()).integer_levels().unwrap();
+        assert_eq!((found.unit, &found.integers[..integers.len()]), (unit, integers));
+    }
     let nf4 = QuantType::NF4.integer_levels().unwrap();
     for code in 0..16 {
         let error =

@@ -334,7 +334,9 @@ impl PackedLinear {
             for (x, row) in x.iter_mut().zip(rows.clone()) {
                 *x = &padded[row * width..][..width];
             }
-            self.microkernel().f32(panel, &x[..rows.len()], out);
+            let x = &x[..rows.len()];
+            self.microkernel().f32(panel, x, out);
+            panel.multiply_infinite(x, out);
         };
         for (layer, y) in layers.iter().zip(outputs) {
             layer.tiles(y.reborrow(), threads, layer.bias(), &mut *spare, tile, &store);

@@ -176,7 +176,11 @@ impl PackedLinear {
             },
         );
         let rows = if own_weights || layer.adapter().is_some() { n.max(1) } else { ROWS };
+        check_supported(layer)?;
         check_finite(layer.weight())?;
+        if y.rows() == 0 {
+            return Ok(());
+        }
         for first in (0..n).step_by(rows) {
             let last = n.min(first + rows);
             let packed = Self::pack(layer, isa::best(), first..last)?;
@@ -214,7 +218,7 @@ impl PackedLinear {
         let panels = n.div_ceil(NR);
         let steps = storage.steps(group_size, k);
         let one_sum = layer.activation().is_some_and(|activation| has_one_sum(scheme, activation));
-        let sums_of_row = if one_sum { 1 } else { groups };
+        let sums_of_row = if one_sum { groups.min(1) } else { groups };
         let mut packed = Self {
             n,
             k,
@@ -251,10 +255,13 @@ impl PackedLinear {
         if one_sum && !matches!(packed.scales, PackedScales::TwoLevel { .. }) {
             return refuse("integer scales that cannot be read".to_string());
         }
-        let mut row_codes = vec![0; if n == 0 { 0 } else { k }];
+        if n == 0 || k == 0 {
+            return Ok(packed); // however many rows or columns without elements there are
+        }
+        let mut row_codes = vec![0; k];
         let panel_words = steps * storage.words() * NR;
         let words: &mut [[u8; 4]] = bytemuck::cast_slice_mut(&mut packed.codes);
-        for (i, row) in rows.enumerate().filter(|_| k > 0) {
+        for (i, row) in rows.enumerate() {
             let (panel, lane) = (i / NR, i % NR);
             weight.unpack_row(row, &mut row_codes)?;
             let words = &mut words[panel * panel_words..][..panel_words];
@@ -367,7 +374,7 @@ impl PackedLinear {
 
     /// Sums of integers that a row has: one for each group, or one for all.
     pub(crate) fn sums_of_row(&self) -> usize {
-        if self.one_sum { 1 } else { self.group.1 }
+        if self.one_sum { self.group.1.min(1) } else { self.group.1 }
     }
 
     /// Input features of a full group once padded to whole steps.
@@ -485,6 +492,7 @@ impl PackedScales {
     /// Two-level scales of integers or of FP8 E4M3 without signs, all filled in.
     fn two_level<S: AsRef<[u8]>>(weight: &QMatrix<S>, rows: Range<usize>) -> Option<Self> {
         let grid = weight.scale_grid()?;
+        let rows = if grid.cols() == 0 { 0..0 } else { rows };
         let e4m3 = match grid.scheme().dtype {
             QuantType::Int { .. } => false,
             QuantType::Float(Format::F8E4M3) => true,
@@ -499,7 +507,7 @@ impl PackedScales {
             ZeroFormat::Offset(_) => steps.clone(),
             _ => Vec::new(),
         };
-        let mut row_codes = vec![0; cols];
+        let mut row_codes = vec![0; if rows.is_empty() { 0 } else { cols }];
         for (i, r) in rows.enumerate() {
             let (panel, lane, row) = (i / NR, i % NR, r / block_rows);
             grid.unpack_row(row, &mut row_codes).ok()?;
@@ -590,7 +598,8 @@ fn has_one_sum(scheme: QuantScheme, activation: ActivationScheme) -> bool {
 /// Refuses codes of NaN and infinities.
 fn check_finite<S: AsRef<[u8]>>(weight: &QMatrix<S>) -> Result<()> {
     let dtype = weight.scheme().dtype;
-    if (0..=dtype.max_code()).all(|code| dtype.level(code).is_finite()) {
+    let all_finite = (0..=dtype.max_code()).all(|code| dtype.level(code).is_finite());
+    if all_finite || weight.rows() == 0 || weight.cols() == 0 {
         return Ok(());
     }
     let mut codes = vec![0; weight.cols()];

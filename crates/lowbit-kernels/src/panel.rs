@@ -80,6 +80,31 @@ impl<'a> Panel<'a> {
         (isa.or(scale, isa.shl(scale, 16)), isa.or(bias, isa.shl(bias, 16)))
     }
 
+    /// Puts the rows of `out` right whose input is not finite, where there are offsets: an infinite x
+    /// times a weight is not `inf·code·scale + inf·offset`, which may be inf − inf. `rows` are padded to
+    /// whole steps.
+    pub(crate) fn multiply_infinite(&self, rows: &[&[f32]], out: &mut [[f32; NR]]) {
+        let Zeros::Offset(offsets) = self.zeros else { return };
+        let is_finite = |x: &[f32]| x.iter().all(|x| x.is_finite());
+        // Such a row has no finite result.
+        let infinite = |(x, out): &(&&[f32], &mut [f32; NR])| !is_finite(&out[..]) && !is_finite(x);
+        for (x, out) in rows.iter().zip(out).filter(infinite) {
+            for (lane, y) in out.iter_mut().enumerate() {
+                let mut sum = 0.0;
+                for (g, x) in x.chunks(self.padded_group().max(1)).enumerate() {
+                    let words: &[[u8; 4]] = bytemuck::cast_slice(self.codes_of(g));
+                    let (scale, offset) = (self.scales.get(g, lane), offsets[g][lane]);
+                    for (j, &x) in x.iter().enumerate() {
+                        // Only integers have offsets.
+                        let code = f32::from(self.storage.get(j, &words[lane..], NR));
+                        sum += f64::from(scale * code + offset) * f64::from(x);
+                    }
+                }
+                *y = sum as f32;
+            }
+        }
+    }
+
     /// Input features of a full group, padded to whole steps.
     #[inline(always)]
     pub(crate) fn padded_group(&self) -> usize {
@@ -153,8 +178,7 @@ impl Meaning {
                     i32::from(integers[code & usize::from(dtype.max_code())])
                 });
                 let (lo, hi) = integers.iter().fold((0, 0), |(lo, hi), &x| (x.min(lo), x.max(hi)));
-                // Short codes are multiplied through one table only in nibbles, see `tile::int8`.
-                let bytes = hi - lo < 256 && dtype.bits() == 4;
+                let bytes = hi - lo < 256;
                 let offset = if bytes { -lo } else { 32768 };
                 let (low, high) = (
                     integers.map(|x| (x + offset) as u8),

@@ -202,9 +202,15 @@ pub(crate) fn int8<
         },
         (Storage::Nibbles, _) if group < 64 => tiles!(Nibbles, 1, 2, SMALL, R3),
         (Storage::Nibbles, _) => tiles!(Nibbles, 1, 2, SMALL, R2, R3),
-        (Storage::Bits3, Meaning::Table(_)) => tiles!(Bits3, 3, 8, TWO_TABLES,),
+        (Storage::Bits3, Meaning::Table(table)) => match table.high {
+            None => tiles!(Bits3, 3, 8, TABLE, R3),
+            Some(_) => tiles!(Bits3, 3, 8, TWO_TABLES,),
+        },
         (Storage::Bits3, _) => tiles!(Bits3, 3, 8, SMALL, R3),
-        (Storage::Crumbs, Meaning::Table(_)) => tiles!(Crumbs, 1, 4, TWO_TABLES,),
+        (Storage::Crumbs, Meaning::Table(table)) => match table.high {
+            None => tiles!(Crumbs, 1, 4, TABLE, R3),
+            Some(_) => tiles!(Crumbs, 1, 4, TWO_TABLES,),
+        },
         (Storage::Crumbs, _) => tiles!(Crumbs, 1, 4, SMALL, R3),
         // Packing makes none of these.
         (Storage::Pairs, _) | (Storage::Bytes, Meaning::Table(_) | Meaning::Float(_)) => {}

@@ -146,7 +146,7 @@ impl Convention for Awq {
     fn write(&self, layer: &QLinear, name: &str) -> Result<Vec<Tensor>> {
         let writer = Writer { convention: NAME, layer, name };
         writer.plain(false, false)?;
-        let (bits, group_size) = (writer.bits()?, writer.group_size()?);
+        let bits = writer.bits()?;
         if bits != 4 {
             return Err(writer.unsupported(format!("codes of {bits} bits, only of 4")));
         }
@@ -160,6 +160,7 @@ impl Convention for Awq {
                 if !n.is_multiple_of(PER_WORD) {
                     return Err(writer.unsupported(format!("{n} outputs, only multiples of 8")));
                 }
+                writer.full_groups()?;
                 let (codes, words) = parts::words(weight.codes(), n, k.div_ceil(2));
                 let columns = parts::transposed::<4>(&codes, n, words);
                 let zeros = parts::transposed::<1>(&zeros, n, groups);
@@ -179,7 +180,7 @@ impl Convention for Awq {
                 if !k.is_multiple_of(PER_WORD) {
                     return Err(writer.unsupported(format!("{k} inputs, only multiples of 8")));
                 }
-                let multiple = match group_size {
+                let multiple = match writer.full_groups()? {
                     0..64 => 4,
                     64..128 => 2,
                     _ => 1,

@@ -6,7 +6,7 @@
 //! | | `weight_scale` | (n, groups) | |
 //! | | `weight_zero_point` | I32 (⌈n·bits/32⌉, groups) | packed along n; absent if symmetric |
 //! | | `weight_shape` | I64 (2) | n, k |
-//! | | `weight_g_idx` | I32 (k) | the group of each input feature (−1: unset), of activation order |
+//! | | `weight_g_idx` | I32 (k) | the group of each input feature (−1: unset), of activation order; read only |
 //! | `int-quantized` | `weight` | I8 (n, k) | |
 //! | | `weight_scale` | (n, groups), (n), (1) or () | |
 //! | | `weight_zero_point` | I8, as the scale | absent if symmetric |
@@ -120,29 +120,22 @@ impl Convention for CompressedPacked {
 
     fn write(&self, layer: &QLinear, name: &str) -> Result<Vec<Tensor>> {
         let writer = Writer { convention: self.name(), layer, name };
-        writer.plain(true, false)?;
+        // compressed-tensors has removed `actorder: group` and looks at no `weight_g_idx` (0.20.1).
+        writer.plain(false, false)?;
         let weight = writer.weight();
         let bits = writer.bits()?;
-        let (group_size, order) = (writer.group_size()?, writer.order()?);
+        writer.full_groups()?;
         let ((n, k), (_, groups)) = ((weight.rows(), weight.cols()), weight.grid());
         let width = u32::from(bits);
         let (stride, words) = (packed_len(k, width), packed_len(k, width).div_ceil(4));
         let scale_dtype = writer.scale_dtype()?;
-        let mut codes = weight.codes().to_vec();
-        if let Some(places) = &order {
-            parts::gather_columns(width, &mut codes, places);
-        }
-        let packed = parts::restride(codes, n, stride, 4 * words);
+        let packed = parts::restride(weight.codes().to_vec(), n, stride, 4 * words);
         let shape = [n as i64, k as i64].into_iter().flat_map(i64::to_le_bytes).collect();
         let mut tensors = vec![
             writer.tensor("weight_packed", Dtype::I32, &[n, words], packed),
             writer.tensor("weight_scale", scale_dtype, &[n, groups], weight.scales().to_vec()),
             writer.tensor("weight_shape", Dtype::I64, &[2], shape),
         ];
-        if let Some(places) = &order {
-            let g_idx: Vec<_> = places.iter().map(|at| (at / group_size) as i32).collect();
-            tensors.push(Tensor::i32(format!("{name}.weight_g_idx"), vec![k], &g_idx));
-        }
         if let Some(zeros) = writer.zeros()? {
             let stride = packed_len(n, width);
             let zeros = parts::pack_rows(width, &parts::transposed::<1>(&zeros, n, groups), n);
@@ -156,11 +149,12 @@ impl Convention for CompressedPacked {
     }
 
     fn config(&self, layer: &QLinear) -> Option<Value> {
-        Some(config("pack-quantized", layer, Value::Null))
+        Some(integers("pack-quantized", layer, Value::Null))
     }
 }
 
-/// The format `int-quantized`: 8 bits, one a byte.
+/// The format `int-quantized`: 8 bits, one a byte, beside inputs that are quantized too. (Layers with inputs in f32 are
+/// written as [`CompressedPacked`].)
 ///
 /// # Example
 /// ```
@@ -237,10 +231,7 @@ impl Convention for CompressedInt {
         let shape = match weight.scheme().granularity {
             Granularity::PerTensor => [1, 1],
             _ => {
-                let size = writer.group_size()?;
-                if !k.is_multiple_of(size) && size < k {
-                    return Err(writer.unsupported(format!("rows of {k} in groups of {size}")));
-                }
+                writer.full_groups()?;
                 [n, weight.grid().1]
             }
         };
@@ -255,18 +246,16 @@ impl Convention for CompressedInt {
             tensors.push(writer.tensor("weight_zero_point", Dtype::I8, &shape, zeros));
         }
         match layer.activation() {
-            None if !self.dynamic => {}
+            None => {
+                // Its readers look for `weight_packed` then (0.20.1).
+                return Err(writer.unsupported("inputs in f32, which are for pack-quantized"));
+            }
             Some(ActivationScheme::INT8_PER_TOKEN) if self.dynamic => {}
             Some(ActivationScheme {
                 dtype: ActivationType::Int8,
                 scales: ActivationScales::Static { scale, .. },
             }) => tensors.push(Tensor::f32(format!("{name}.input_scale"), vec![1], &[scale])),
-            other => {
-                let dynamic = self.dynamic;
-                return Err(
-                    writer.unsupported(format!("activations {other:?} where dynamic is {dynamic}"))
-                );
-            }
+            Some(other) => return Err(writer.unsupported(format!("inputs of {other}"))),
         }
         tensors.extend(writer.bias());
         Ok(tensors)
@@ -283,9 +272,9 @@ impl Convention for CompressedInt {
             (false, true) => json!({
                 "num_bits": 8, "type": "int", "symmetric": true, "strategy": "tensor", "dynamic": false
             }),
-            (false, false) => Value::Null,
+            (false, false) => Value::Null, // which is not written
         };
-        Some(config("int-quantized", layer, input))
+        Some(integers("int-quantized", layer, input))
     }
 }
 
@@ -342,28 +331,33 @@ pub(super) fn static_inputs(layer: Layer<'_>) -> Result<Option<ActivationScheme>
     Ok(Some(scheme))
 }
 
-fn config(format: &str, layer: &QLinear, input: Value) -> Value {
+fn integers(format: &str, layer: &QLinear, input: Value) -> Value {
     let scheme = layer.weight().scheme();
     let (strategy, group_size) = match scheme.granularity {
         Granularity::PerTensor => ("tensor", Value::Null),
         Granularity::PerGroup(size) => ("group", size.into()),
         _ => ("channel", Value::Null),
     };
+    let weights = json!({
+        "num_bits": scheme.dtype.bits(),
+        "type": "int",
+        "symmetric": scheme.zero == ZeroFormat::Midpoint,
+        "strategy": strategy,
+        "group_size": group_size,
+        "dynamic": false,
+    });
+    config(format, weights, input)
+}
+
+/// The configuration of all linear layers, whose weights and inputs are described.
+pub(super) fn config(format: &str, weights: Value, input: Value) -> Value {
     json!({
         "quant_method": "compressed-tensors",
         "format": format,
         "quantization_status": "compressed",
         "config_groups": {"group_0": {
             "targets": ["Linear"],
-            "weights": {
-                "num_bits": scheme.dtype.bits(),
-                "type": "int",
-                "symmetric": scheme.zero == ZeroFormat::Midpoint,
-                "strategy": strategy,
-                "group_size": group_size,
-                "dynamic": false,
-                "actorder": if layer.transforms().is_empty() { Value::Null } else { "group".into() },
-            },
+            "weights": weights,
             "input_activations": input,
         }},
         "ignore": ["lm_head"],

@@ -15,7 +15,7 @@ use lowbit_dtypes::Format;
 use serde_json::{Value, json};
 
 use super::{
-    Convention,
+    Convention, compressed_tensors,
     parts::{self, Layer, Writer},
 };
 use crate::{Dtype, Result, Tensor, TensorSource, TensorView};
@@ -123,7 +123,7 @@ impl Convention for Nvfp4 {
 
     fn config(&self, _: &QLinear) -> Option<Value> {
         Some(match self.reciprocal {
-            true => compressed("nvfp4-pack-quantized", "tensor_group", 16),
+            true => compressed("nvfp4-pack-quantized", "tensor_group", 16, "torch.float8_e4m3fn"),
             false => json!({"quant_method": "modelopt", "quant_algo": "NVFP4", "group_size": 16}),
         })
     }
@@ -200,7 +200,7 @@ impl Convention for Mxfp4 {
     }
 
     fn config(&self, _: &QLinear) -> Option<Value> {
-        Some(compressed("mxfp4-pack-quantized", "group", 32))
+        Some(compressed("mxfp4-pack-quantized", "group", 32, "torch.uint8"))
     }
 }
 
@@ -294,7 +294,7 @@ fn scheme_of(writer: Writer<'_>, scheme: QuantScheme, group: usize) -> Result<(u
     writer.plain(false, false)?;
     let weight = writer.weight();
     if weight.scheme() != scheme {
-        return Err(writer.unsupported(format!("the scheme {:?}", weight.scheme())));
+        return Err(writer.unsupported(format!("{}, only {scheme}", weight.scheme())));
     }
     if !weight.cols().is_multiple_of(group) {
         let what = format!("rows of {}, only multiples of {group}", weight.cols());
@@ -310,23 +310,15 @@ fn reciprocal(x: f32) -> f32 {
     exact.unwrap_or(near)
 }
 
-fn compressed(format: &str, strategy: &str, group_size: usize) -> Value {
-    json!({
-        "quant_method": "compressed-tensors",
-        "format": format,
-        "quantization_status": "compressed",
-        "config_groups": {"group_0": {
-            "targets": ["Linear"],
-            "weights": {
-                "num_bits": 4,
-                "type": "float",
-                "symmetric": true,
-                "strategy": strategy,
-                "group_size": group_size,
-                "dynamic": false,
-            },
-            "input_activations": null,
-        }},
-        "ignore": ["lm_head"],
-    })
+fn compressed(format: &str, strategy: &str, group_size: usize, scale_dtype: &str) -> Value {
+    let weights = json!({
+        "num_bits": 4,
+        "type": "float",
+        "symmetric": true,
+        "strategy": strategy,
+        "group_size": group_size,
+        "dynamic": false,
+        "scale_dtype": scale_dtype,
+    });
+    compressed_tensors::config(format, weights, Value::Null)
 }

@@ -23,14 +23,14 @@ mod rotation;
 use std::fmt;
 
 use lowbit_core::QLinear;
-use serde_json::Value;
+use serde_json::{Value, json};
 
 pub use awq::{Awq, AwqVersion};
 pub use bitsandbytes::{Bnb4, BnbInt8};
 pub use compressed_tensors::{CompressedInt, CompressedPacked};
 pub use config::QuantizationConfig;
 pub use fp4::{GptOss, Mxfp4, Nvfp4};
-pub use fp8::Fp8;
+pub use fp8::{CompressedFloat, Fp8};
 pub use ggml::Ggml;
 pub use gptq::Gptq;
 pub use lowbit::Lowbit;
@@ -84,4 +84,35 @@ pub trait Convention: fmt::Debug + Send + Sync {
     /// The `quantization_config` of a `config.json` for a model of layers such as `layer`; `None` where
     /// files need none.
     fn config(&self, layer: &QLinear) -> Option<Value>;
+}
+
+/// Names the linear `layers` that stay floats in a `quantization_config` that a [`Convention`] has made, where its
+/// readers look for them: `ignore` of compressed-tensors, `modules_to_not_convert` of AWQ and FP8,
+/// `llm_int8_skip_modules` of bitsandbytes, `dynamic` of GPTQ. The readers of other methods look at the tensors.
+///
+/// # Example
+/// ```
+/// use lowbit_formats::conventions::leave_out;
+/// use serde_json::json;
+///
+/// let mut config = json!({"quant_method": "gptq", "bits": 4});
+/// leave_out(&mut config, &["model.layers.0.mlp.gate"]);
+/// assert_eq!(config["dynamic"], json!({"-:model\\.layers\\.0\\.mlp\\.gate$": {}}));
+/// ```
+pub fn leave_out(config: &mut Value, layers: &[&str]) {
+    let method = config.get("quant_method").and_then(Value::as_str).unwrap_or_default();
+    let key = match method {
+        "compressed-tensors" => "ignore",
+        "awq" | "fp8" => "modules_to_not_convert",
+        "bitsandbytes" => "llm_int8_skip_modules",
+        "gptq" => {
+            // Regular expressions for what stands at the start of a name; `-:` leaves layers out.
+            let pattern = |layer: &&str| (format!("-:{}$", layer.replace('.', "\\.")), json!({}));
+            let patterns: serde_json::Map<_, _> = layers.iter().map(pattern).collect();
+            config["dynamic"] = patterns.into();
+            return;
+        }
+        _ => return,
+    };
+    config[key] = layers.into();
 }
