@@ -531,3 +531,33 @@ pub(super) fn is_nothing(value: &Value) -> bool {
         Value::Number(_) => false,
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::conventions::read::{CACHE_SCALES, INPUT_SCALES};
+
+    /// The documentation lies outside of the package.
+    #[test]
+    fn the_documentation_lists_every_key_and_tensor() {
+        let docs = concat!(env!("CARGO_MANIFEST_DIR"), "/../../docs/formats.md");
+        let Ok(docs) = std::fs::read_to_string(docs) else {
+            return println!("skipped: {docs} is not there");
+        };
+        let row = |name: &str| {
+            let start = format!("| `{name}`");
+            docs.lines().find(|line| line.starts_with(&start) && line.contains("| `quant_method`"))
+        };
+        for method in METHODS {
+            let row = row(method.name()).unwrap_or_else(|| panic!("no row of {}", method.name()));
+            for name in method.keys.iter().map(|(key, _)| key).chain(method.names) {
+                assert!(row.contains(&format!("`{name}`")), "{name} of {}", method.name());
+            }
+        }
+        let others = [CONFIG_GROUP, QUANTIZATION_ARGS, TRANSFORM_SCHEME, TRANSFORM_ARGS];
+        let others = others.into_iter().flatten().map(|(key, _)| key);
+        for name in others.chain(&REFUSED).chain(&INPUT_SCALES).chain(&CACHE_SCALES) {
+            assert!(docs.contains(&format!("`{name}`")), "{name}");
+        }
+    }
+}
