@@ -210,6 +210,11 @@ fn the_scale_of_fp8_is_found_under_every_name_it_has() {
             fp8_weight(r, c) * scale(r, 0)
         });
     }
+    // Powers of two in blocks: 2^(126 − 127) and so on.
+    let mut powers = fp8_tensors("weight_scale_inv", &[1], &[0.0]);
+    powers[1] = tensor("weight_scale_inv", Dtype::F8E8M0, &[2, 2], vec![126, 127, 128, 129]);
+    let blocks = json!({"quant_method": "fp8", "weight_block_size": [4, 16]});
+    check(&blocks, &powers, |r, c| fp8_weight(r, c) * [0.5, 1.0, 2.0, 4.0][r / 4 * 2 + c / 16]);
     // In groups along the row.
     check(&config, &fp8_tensors("weight_scale", &[N, 2], &scales(2)), |r, c| {
         fp8_weight(r, c) * scale(r, c / 16)
