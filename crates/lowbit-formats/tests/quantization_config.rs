@@ -441,7 +441,7 @@ fn a_hadamard_product_of_the_input_is_computed() {
     // Any signs of the rows and any order of the columns.
     let sign = |i: usize, j: usize| {
         let column = (j * 5 + 3) % K;
-        if ((i & column).count_ones() % 2 == 1) != (i % 3 == 0) { -1.0_f32 } else { 1.0 }
+        if ((i & column).count_ones() % 2 == 1) != i.is_multiple_of(3) { -1.0_f32 } else { 1.0 }
     };
     let matrix: Vec<f32> = (0..K * K).map(|i| sign(i / K, i % K)).collect();
     let x: Vec<f32> = (0..K).map(|c| (c as f32 * 0.7).sin()).collect();
