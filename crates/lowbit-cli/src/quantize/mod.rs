@@ -18,7 +18,11 @@ use anyhow::{Context as _, Result, anyhow, bail};
 use indicatif::ProgressBar;
 use lowbit::{
     Calibration, Context, Needs, QLinear, Quantizer, Report as Decisions,
-    formats::{Tensor, TensorSource, TensorView, conventions, gguf},
+    formats::{
+        Tensor, TensorSource, TensorView,
+        conventions::{self, QuantizationConfig},
+        gguf,
+    },
 };
 use lowbit_lm::{
     Checkpoint, Finished, LinearWeights, Tensors, Unpacked, Windows, llama_gguf,
@@ -558,8 +562,11 @@ fn store_layer(
     }
     // What the files say to whoever reads them, not what was meant to be written.
     let config = convention.config(&layer);
-    let reader = config.as_ref().map(conventions::from_config).transpose()?;
-    let back = reader.as_ref().unwrap_or(&convention).read(&tensors, &name)?;
+    let reader = config.as_ref().map(QuantizationConfig::parse).transpose()?.unwrap_or_default();
+    let back = match reader.read(&tensors, &name)? {
+        Some(back) => back.layer,
+        None => convention.read(&tensors, &name)?,
+    };
     if back.weight() != layer.weight() || back.transforms() != layer.transforms() {
         let (meant, read) = (layer.effective_weight()?, back.effective_weight()?);
         let difference = |(a, b): (&f32, &f32)| (a - b).abs();
