@@ -692,9 +692,11 @@ fn inspect_names_what_is_damaged() {
     assert!(lowbit(&args).status.success());
     let file = copy.file("out/model-00002-of-00005.safetensors");
     let mut bytes = fs::read(&file).unwrap();
-    // The last tensor of a block is the format of down_proj, those before it its row maxima.
-    let len = bytes.len();
-    bytes[len - 5..len - 1].copy_from_slice(&f32::NAN.to_le_bytes());
+    let header_len = 8 + u64::from_le_bytes(*bytes.first_chunk().unwrap()) as usize;
+    let header: Value = serde_json::from_slice(&bytes[8..header_len]).unwrap();
+    let row_maxima = &header["model.layers.0.mlp.down_proj.SCB"]["data_offsets"];
+    let last = header_len + row_maxima[1].as_u64().unwrap() as usize - 4;
+    bytes[last..last + 4].copy_from_slice(&f32::NAN.to_le_bytes());
     fs::write(&file, bytes).unwrap();
     let inspected = json(&["inspect", file.to_str().unwrap(), "--json"]);
     let damaged: Vec<_> = inspected["layers"]

@@ -2,6 +2,7 @@
 
 mod checkpoint;
 mod eval;
+mod gguf;
 mod model;
 mod oracle;
 mod quantized;
