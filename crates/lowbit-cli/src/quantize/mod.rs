@@ -150,7 +150,7 @@ pub(crate) fn run(options: &Options) -> Result<()> {
         None => None,
     };
     let memory = match &calibrated {
-        Some(run) => run.memory()?,
+        Some(run) => run.memory(ctx.threads())?,
         None => streaming_memory(&input, &scheme, ctx.threads())?,
     };
     let _ = writeln!(
