@@ -212,7 +212,7 @@ impl Run<'_> {
             None => None,
         };
         let memory = match &calibrated {
-            Some(run) => run.memory()?,
+            Some(run) => run.memory(ctx.threads())?,
             None => streaming_memory(input, scheme, ctx.threads())?,
         };
         let blocks = input.blocks();
