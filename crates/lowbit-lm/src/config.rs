@@ -41,6 +41,9 @@ pub struct Config {
     pub rope_theta: f32,
     /// Slower rotary frequencies for a longer context.
     pub rope_scaling: Option<RopeScaling>,
+    /// What each rotary frequency is divided by, in place of `rope_scaling`: head_dim / 2 numbers, which GGUF
+    /// files of Llama 3 store; config.json has none.
+    pub rope_factors: Option<Vec<f32>>,
     /// The head is the embedding.
     pub tie_word_embeddings: bool,
     /// q, k and v have a bias.
@@ -128,6 +131,7 @@ impl Config {
             rms_norm_eps: f.positive("rms_norm_eps", Some(1e-6))?,
             rope_theta,
             rope_scaling,
+            rope_factors: None,
             tie_word_embeddings: f.bool("tie_word_embeddings", false)?,
             qkv_bias: qwen2 || attention_bias,
             o_bias: !qwen2 && attention_bias,

@@ -4,11 +4,9 @@
 //! head is row `i + s·dim/2` of the checkpoint. In `qwen2`, for models with a bias on q, k and v, rows stay
 //! where they are.
 
-use std::collections::BTreeMap;
-
 use lowbit::formats::{
-    self, Tensor, TensorSource, TensorView,
-    gguf::{Array, Gguf, Value},
+    Tensor, TensorView,
+    gguf::{Array, Value},
 };
 use serde_json::Value as Json;
 
@@ -43,7 +41,7 @@ pub fn gguf_name(name: &str) -> Option<String> {
     rename(name, "model.layers.", "blk.", |(checkpoint, gguf)| (*checkpoint, *gguf))
 }
 
-fn checkpoint_name(name: &str) -> Option<String> {
+pub(crate) fn checkpoint_name(name: &str) -> Option<String> {
     rename(name, "blk.", "model.layers.", |(checkpoint, gguf)| (*gguf, *checkpoint))
 }
 
@@ -75,7 +73,7 @@ fn sorted_heads(config: &Config, name: &str) -> Option<usize> {
 }
 
 /// Rows in the order of llama.cpp, or back to that of the checkpoint.
-fn sort_rows(view: TensorView<'_>, heads: usize, back: bool) -> Option<Tensor> {
+pub(crate) fn sort_rows(view: TensorView<'_>, heads: usize, back: bool) -> Option<Tensor> {
     let rows = *view.shape.first()?;
     let dim = rows.checked_div(heads).filter(|dim| dim.is_multiple_of(2) && dim * heads == rows)?;
     let row = view.bytes.len().checked_div(rows).filter(|row| row * rows == view.bytes.len())?;
@@ -120,47 +118,6 @@ pub fn to_gguf(config: &Config, view: TensorView<'_>) -> Result<Option<Tensor>> 
     })
 }
 
-/// A GGUF file under the names, and in the order of rows, of a checkpoint.
-pub(crate) struct LlamaGguf<S> {
-    file: Gguf<S>,
-    /// Name in the checkpoint to name in the file.
-    names: BTreeMap<String, String>,
-    /// Tensors whose rows had to be sorted back.
-    sorted: BTreeMap<String, Tensor>,
-}
-
-impl<S: AsRef<[u8]>> LlamaGguf<S> {
-    pub(crate) fn new(file: Gguf<S>, config: &Config) -> Result<Self> {
-        let (mut names, mut sorted) = (BTreeMap::new(), BTreeMap::new());
-        for gguf in file.names() {
-            let name = checkpoint_name(gguf).unwrap_or_else(|| gguf.into());
-            if let Some(heads) = sorted_heads(config, &name) {
-                let view = TensorView { name: &name, ..file.tensor(gguf)? };
-                let invalid = || Error::Invalid(format!("{gguf}: its rows do not make heads"));
-                sorted.insert(name.clone(), sort_rows(view, heads, true).ok_or_else(invalid)?);
-            }
-            names.insert(name, gguf.into());
-        }
-        Ok(Self { file, names, sorted })
-    }
-}
-
-impl<S: AsRef<[u8]>> TensorSource for LlamaGguf<S> {
-    fn names(&self) -> Vec<&str> {
-        self.names.keys().map(String::as_str).collect()
-    }
-
-    fn tensor(&self, name: &str) -> formats::Result<TensorView<'_>> {
-        if let Some(tensor) = self.sorted.get(name) {
-            return Ok(TensorView { file: self.file.file(), ..tensor.view() });
-        }
-        match self.names.get_key_value(name) {
-            Some((name, gguf)) => Ok(TensorView { name, ..self.file.tensor(gguf)? }),
-            None => self.file.tensor(name),
-        }
-    }
-}
-
 /// What llama.cpp wants to know of a model beside its tensors.
 ///
 /// # Errors
@@ -172,7 +129,7 @@ pub fn metadata(
     tokenizer: &[u8],
 ) -> Result<Vec<(String, Value<'static>)>> {
     let invalid = |what: &str| Error::Invalid(format!("GGUF: {what}"));
-    if config.rope_scaling.is_some() {
+    if config.rope_scaling.is_some() || config.rope_factors.is_some() {
         return Err(invalid("rotary frequencies that are scaled are not supported"));
     }
     let text = |text: &str| Value::String(text.as_bytes().to_vec().into());

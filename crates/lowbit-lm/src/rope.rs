@@ -69,6 +69,10 @@ impl Rope {
         let dim = c.head_dim as f32;
         let base = (0..c.head_dim / 2).map(|i| 1.0 / c.rope_theta.powf((2 * i) as f32 / dim));
         let frequencies = match c.rope_scaling {
+            _ if c.rope_factors.is_some() => {
+                let factors = c.rope_factors.iter().flatten();
+                base.zip(factors).map(|(f, factor)| f / factor).collect()
+            }
             None => base.collect(),
             Some(RopeScaling::Linear(factor)) => base.map(|f| f / factor).collect(),
             Some(RopeScaling::Llama3(s)) => base.map(|f| s.stretch(f)).collect(),

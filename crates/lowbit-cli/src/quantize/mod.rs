@@ -18,10 +18,14 @@ use anyhow::{Context as _, Result, anyhow, bail};
 use indicatif::ProgressBar;
 use lowbit::{
     Calibration, Context, Needs, QLinear, Quantizer, Report as Decisions,
-    formats::{Tensor, TensorSource, TensorView, conventions, gguf},
+    formats::{
+        Dtype, Tensor, TensorSource, TensorView,
+        conventions::{self, QuantizationConfig},
+        gguf,
+    },
 };
 use lowbit_lm::{
-    Checkpoint, Finished, LinearWeights, Tensors, Unpacked, Windows, llama_gguf,
+    Checkpoint, Finished, LinearWeights, Tensors, Unpacked, Windows, is_gguf, llama_gguf,
     quantize::{self, LayerReport, Quantization, relative_error},
 };
 use rayon::prelude::*;
@@ -42,7 +46,7 @@ use crate::{
 /// Options of `lowbit quantize`.
 #[derive(clap::Args)]
 pub(crate) struct Options {
-    /// Folder of the model: config.json, tokenizer.json, model.safetensors
+    /// Folder of the model (config.json, tokenizer.json, model.safetensors), or its GGUF file
     model: PathBuf,
     #[command(flatten)]
     method: MethodOptions,
@@ -135,6 +139,7 @@ pub(crate) fn run(options: &Options) -> Result<()> {
         _ => Some(format!("{} is calibrated block by block", scheme.name)),
     };
     let mut input = Input::open(&options.model, why.as_deref())?;
+    input.config_json(&options.model)?; // which is written at the end, and must be there
     input.leave_out(&options.skip)?;
     if !options.skip.is_empty() && scheme.recipe.scale.is_some() && needs > Needs::Nothing {
         bail!(
@@ -207,7 +212,7 @@ impl Run<'_> {
             None => None,
         };
         let memory = match &calibrated {
-            Some(run) => run.memory()?,
+            Some(run) => run.memory(ctx.threads())?,
             None => streaming_memory(input, scheme, ctx.threads())?,
         };
         let blocks = input.blocks();
@@ -260,16 +265,23 @@ impl Run<'_> {
     fn job(&self) -> Result<Value> {
         let Self { options, scheme, input, windows } = *self;
         let model = fs::canonicalize(&options.model)?;
+        let (folder, file) = match (model.parent(), model.file_name()) {
+            (Some(folder), Some(file)) if model.is_file() => (folder, Some(file.to_string_lossy())),
+            _ => (model.as_path(), None),
+        };
         let mut files = Vec::new();
-        for entry in fs::read_dir(&model)? {
+        for entry in fs::read_dir(folder)? {
             let entry = entry?;
+            let name = entry.file_name().to_string_lossy().into_owned();
+            if file.as_ref().is_some_and(|file| !belongs_to(file, &name)) {
+                continue;
+            }
             // Of what a link leads to: caches of models are full of them.
             let data = fs::metadata(entry.path())?;
             if !data.is_file() {
                 continue;
             }
             let modified = data.modified()?.duration_since(std::time::UNIX_EPOCH);
-            let name = entry.file_name().to_string_lossy().into_owned();
             files.push((name, data.len(), modified.map_or(0, |time| time.as_secs())));
         }
         files.sort();
@@ -312,8 +324,7 @@ impl Run<'_> {
             let same = views.get(name).is_some_and(|new| same_numbers(&old, new));
             if same { &mut copied } else { &mut folded }.push(name.to_string());
         }
-        let mut config: Value =
-            serde_json::from_slice(&model::read(&options.model.join("config.json"))?)?;
+        let mut config = input.config_json(&options.model)?;
         let floats = floats(input)?;
         match input.checkpoint().filter(|_| stage.gguf) {
             Some(checkpoint) => {
@@ -333,7 +344,13 @@ impl Run<'_> {
             }
         }
         stage.write_json("config.json", &config)?;
-        copy_others(&options.model, stage)?;
+        if options.model.is_dir() {
+            copy_others(&options.model, stage)?;
+        }
+        if let Some(checkpoint) = input.checkpoint().filter(|checkpoint| checkpoint.is_gguf()) {
+            let tokenizer = checkpoint.tokenizer_json();
+            stage.write("tokenizer.json", |to| Ok(to.write_all(tokenizer)?))?;
+        }
         let layers = parts.into_iter().flat_map(|part| part.layers).collect();
         let report = Report { copied, folded, floats, ..self.report(layers, bytes_after, job)? };
         stage.write_json(file, &report)?;
@@ -389,14 +406,18 @@ fn same_numbers(a: &TensorView<'_>, b: &TensorView<'_>) -> bool {
     if a.dtype == b.dtype {
         return a.bytes == b.bytes;
     }
-    let (Some((1, size_a)), Some((1, size_b))) = (a.dtype.block(), b.dtype.block()) else {
-        return false;
+    // Blocks of ggml are of up to 256 numbers.
+    let bytes =
+        |view: &TensorView<'_>| view.dtype.block().map(|(numbers, size)| NUMBERS / numbers * size);
+    let (Some(step_a), Some(step_b)) = (bytes(a), bytes(b)) else { return false };
+    let f32 = |view: &TensorView<'_>, bytes: &[u8]| {
+        let shape = [bytes.len() / view.dtype.block()?.1 * view.dtype.block()?.0];
+        TensorView { bytes, shape: &shape, ..*view }.to_f32().ok()
     };
-    let f32 = |view: &TensorView<'_>, bytes| TensorView { bytes, ..*view }.to_f32().ok();
-    a.bytes.len() / size_a == b.bytes.len() / size_b
+    a.shape == b.shape
         && a.bytes
-            .chunks(NUMBERS * size_a)
-            .zip(b.bytes.chunks(NUMBERS * size_b))
+            .chunks(step_a)
+            .zip(b.bytes.chunks(step_b))
             .all(|(x, y)| f32(a, x).is_some_and(|x| Some(x) == f32(b, y)))
 }
 
@@ -409,13 +430,18 @@ fn others(input: &Input, options: &Options, needs: Needs, stage: &Stage) -> Resu
     let tensors = input.tensors();
     let copied = copied(input, needs).into_iter().map(|name| tensors.tensor(name));
     let copied: Vec<_> = copied.collect::<Result<_, _>>()?;
-    let changed = match input.checkpoint().filter(|_| options.format == Format::Gguf) {
-        Some(checkpoint) => copied
-            .iter()
-            .map(|view| llama_gguf::to_gguf(checkpoint.config(), *view))
-            .collect::<Result<_, _>>()?,
-        None => vec![None; copied.len()],
+    let gguf = input.checkpoint().filter(|_| options.format == Format::Gguf);
+    let change = |view: &TensorView<'_>| -> Result<Option<Tensor>> {
+        Ok(match (gguf, view.dtype) {
+            (Some(checkpoint), _) => llama_gguf::to_gguf(checkpoint.config(), *view)?,
+            // Blocks of ggml have no place in safetensors.
+            (None, Dtype::Ggml(_)) => {
+                Some(Tensor::f32(view.name, view.shape.to_vec(), &view.to_f32()?))
+            }
+            (None, _) => None,
+        })
     };
+    let changed = copied.iter().map(change).collect::<Result<Vec<_>>>()?;
     let views: Vec<_> = copied
         .iter()
         .zip(&changed)
@@ -558,8 +584,11 @@ fn store_layer(
     }
     // What the files say to whoever reads them, not what was meant to be written.
     let config = convention.config(&layer);
-    let reader = config.as_ref().map(conventions::from_config).transpose()?;
-    let back = reader.as_ref().unwrap_or(&convention).read(&tensors, &name)?;
+    let reader = config.as_ref().map(QuantizationConfig::parse).transpose()?.unwrap_or_default();
+    let back = match reader.read(&tensors, &name)? {
+        Some(back) => back.layer,
+        None => convention.read(&tensors, &name)?,
+    };
     if back.weight() != layer.weight() || back.transforms() != layer.transforms() {
         let (meant, read) = (layer.effective_weight()?, back.effective_weight()?);
         let difference = |(a, b): (&f32, &f32)| (a - b).abs();
@@ -607,6 +636,18 @@ fn streaming_memory(input: &Input, scheme: &Scheme, threads: usize) -> Result<u6
     Ok(largest)
 }
 
+/// Is `name` what a GGUF file is read with: itself, its other parts, and the texts beside it?
+fn belongs_to(file: &str, name: &str) -> bool {
+    // But for its number, NAME-00001-of-00003.gguf is the name of all parts.
+    let unnumbered = |name: &str| {
+        let (start, count) = name.rsplit_once("-of-")?;
+        Some((start.rsplit_once('-')?.0.to_owned(), count.to_owned()))
+    };
+    let texts = ["config.json", "tokenizer.json"];
+    let is_part = || unnumbered(file).is_some_and(|file| unnumbered(name) == Some(file));
+    name == file || texts.contains(&name) || is_part()
+}
+
 /// One GGUF file of all parts, with the metadata of llama.cpp.
 fn assemble(
     options: &Options,
@@ -622,8 +663,7 @@ fn assemble(
     let tensors: Vec<_> =
         views.iter().zip(&names).map(|(view, name)| TensorView { name, ..*view }).collect();
     let name = options.model.file_name().unwrap_or_default().to_string_lossy();
-    let tokenizer = model::read(&options.model.join("tokenizer.json"))?;
-    let metadata = llama_gguf::metadata(&name, checkpoint.config(), &tokenizer)?;
+    let metadata = llama_gguf::metadata(&name, checkpoint.config(), checkpoint.tokenizer_json())?;
     let metadata: Vec<_> = metadata.iter().map(|(key, v)| (key.as_str(), v.clone())).collect();
     stage.write("model.gguf", |to| Ok(gguf::write(to, &metadata, &tensors)?))
 }
@@ -636,7 +676,7 @@ fn copy_others(from: &Path, stage: &Stage) -> Result<()> {
         let weights = [".safetensors", ".gguf", ".bin", ".pt", ".pth", ".index.json"];
         // The configuration is another one; the weights are in files of other names.
         let skip = name == "config.json" || weights.iter().any(|end| name.ends_with(end));
-        if skip || !fs::metadata(entry.path())?.is_file() {
+        if skip || !fs::metadata(entry.path())?.is_file() || is_gguf(&entry.path()) {
             continue;
         }
         let bytes = model::read(&entry.path())?;

@@ -2,6 +2,8 @@
 
 mod checkpoint;
 mod eval;
+mod gguf;
 mod model;
 mod oracle;
+mod quantized;
 pub(crate) mod tiny;
