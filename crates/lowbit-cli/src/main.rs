@@ -12,6 +12,7 @@ mod outliers;
 mod plot;
 mod quantize;
 mod scheme;
+mod text;
 
 use std::{io::Write, num::NonZeroUsize, process::ExitCode, sync::Arc};
 
@@ -122,7 +123,7 @@ fn counted(n: usize, what: &str) -> String {
 
 /// Writes to standard error, which may be closed or full: the exit code says it, too.
 fn complain(message: &str) {
-    let _ = writeln!(std::io::stderr(), "{message}");
+    let _ = writeln!(std::io::stderr(), "{}", text::message(message));
 }
 
 fn broken_pipe(e: &std::io::Error) -> bool {

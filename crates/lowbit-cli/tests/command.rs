@@ -608,7 +608,7 @@ fn a_run_that_was_killed_continues_and_gives_the_same_bytes() {
         .spawn()
         .unwrap();
     let part = copy.file("killed.part");
-    while !part.join("blocks/block-0001.safetensors").exists() {
+    while !part.join(".lowbit/blocks/block-0001.safetensors").exists() {
         assert!(child.try_wait().unwrap().is_none(), "it has ended");
         std::thread::sleep(Duration::from_millis(2));
     }
@@ -689,9 +689,9 @@ fn quantize_refuses_before_it_writes() {
         ("spqr", "gptq", "outliers"),
         ("llm-int8", "compressed-tensors", "outliers"),
         ("best-int4-g16", "awq", "two-level"),
-        ("nf4-g64", "gguf", "ggml cannot hold"),
-        ("gptq-int4-g128", "gguf", "ggml cannot hold"),
-        ("int4-g32", "bnb", "bitsandbytes int8 cannot hold"),
+        ("nf4-g64", "gguf", "NF4, groups of 64"),
+        ("gptq-int4-g128", "gguf", "--group-size 32 would do"),
+        ("int4-g32", "bnb", "anything but 8 bits"),
     ] {
         refuses(&quantize(method, format), &[method, format, words]);
         assert!(!Path::new(&part).exists() && !Path::new(out).exists());
@@ -701,6 +701,7 @@ fn quantize_refuses_before_it_writes() {
     refuses(&[&without[..], &["--bits", "4"]].concat(), &["smoothquant", "--bits"]);
     refuses(&quantize("gptq5", "lowbit"), &["gptq5", "gptq, awq, spqr or best"]);
     fs::create_dir(&part).unwrap();
+    fs::write(Path::new(&part).join("letter.txt"), "").unwrap();
     refuses(&quantize("int8", "lowbit"), &["int8", "--calibration"]);
     refuses(&quantize("int8", "lowbit")[..8], &["out.part", "no unfinished run"]);
     fs::create_dir(out).unwrap();
@@ -738,9 +739,11 @@ fn inspect_names_what_is_damaged() {
     assert!(lowbit(&args).status.success());
     let file = copy.file("out/model-00002-of-00005.safetensors");
     let mut bytes = fs::read(&file).unwrap();
-    // The last tensor of a block is the format of down_proj, those before it its row maxima.
-    let len = bytes.len();
-    bytes[len - 5..len - 1].copy_from_slice(&f32::NAN.to_le_bytes());
+    let header_len = 8 + u64::from_le_bytes(*bytes.first_chunk().unwrap()) as usize;
+    let header: Value = serde_json::from_slice(&bytes[8..header_len]).unwrap();
+    let row_maxima = &header["model.layers.0.mlp.down_proj.SCB"]["data_offsets"];
+    let last = header_len + row_maxima[1].as_u64().unwrap() as usize - 4;
+    bytes[last..last + 4].copy_from_slice(&f32::NAN.to_le_bytes());
     fs::write(&file, bytes).unwrap();
     let inspected = json(&["inspect", file.to_str().unwrap(), "--json"]);
     let damaged: Vec<_> = inspected["layers"]

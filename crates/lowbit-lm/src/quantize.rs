@@ -37,6 +37,9 @@ pub struct Options<'a> {
     /// Scales channels only where a layer before can take the scale, as files without a place for
     /// transforms of inputs need it. Otherwise the input is scaled at run time there.
     pub folded_scales_only: bool,
+    /// Names of layers that stay as they are. Recipes that scale channels refuse them: the scales would
+    /// have to be folded into them.
+    pub left_out: &'a [String],
     /// Where to keep finished blocks, and to look for those of an interrupted run.
     pub finished: Option<Finished<'a>>,
 }
@@ -200,7 +203,7 @@ impl ErrorSums {
 /// let windows = Windows::from_tokens(checkpoint.config(), "a text", "1 403 407 261 378 432")?;
 /// let (recipe, options) = (Recipe::SMOOTHQUANT, Options::default());
 /// let mut run = Quantization::new(&checkpoint, &recipe, Some(&windows), options)?;
-/// println!("{} bytes of memory", run.memory()?);
+/// println!("{} bytes of memory", run.memory(1)?);
 /// let make = |layer: &lowbit::QLinear| Ok(Arc::new(PackedLinear::new(layer)?) as _);
 /// while let Some(block) = run.next_block(&mut Context::new(), make, |_| ())? {
 ///     for (layer, report) in &block.layers {
@@ -227,7 +230,7 @@ pub struct QuantizedBlock {
     /// The gains before attention and before the MLP under the names of their tensors; scales of channels
     /// have been folded into them.
     pub norms: [(String, Vec<f32>); 2],
-    /// q, k, v, o, gate, up and down.
+    /// q, k, v, o, gate, up and down, but for those that are left out.
     pub layers: Vec<(QLinear, LayerReport)>,
     computed: Block,
 }
@@ -244,13 +247,21 @@ impl<'a> Quantization<'a> {
     /// The arguments are those of [`quantize`].
     ///
     /// # Errors
-    /// [`Error::Token`] if `windows` are of another model.
+    /// [`Error::Token`] if `windows` are of another model; [`Error::Invalid`] for layers that are left out
+    /// beside a recipe that scales channels.
     pub fn new(
         checkpoint: &'a Checkpoint,
         recipe: &'a Recipe<'a>,
         windows: Option<&Windows>,
         options: Options<'a>,
     ) -> Result<Self> {
+        if recipe.scale.is_some() && !options.left_out.is_empty() {
+            return Err(Error::Invalid(
+                "layers cannot be left out where scales of channels are folded into their neighbours: \
+                 choose a method without scales of channels, such as gptq"
+                    .into(),
+            ));
+        }
         let wanted = Wanted { needs: recipe.needs(), share: recipe.target_share() };
         let mut texts = Vec::new();
         if wanted.needs > Needs::Nothing {
@@ -262,18 +273,19 @@ impl<'a> Quantization<'a> {
         if let Some(finished) = &options.finished {
             key.add(finished.label.bytes().map(u32::from));
             key.add([options.true_sequential, options.folded_scales_only].map(u32::from));
+            key.add(options.left_out.iter().flat_map(|name| name.bytes().map(u32::from)));
             key.add(windows.iter().flat_map(|windows| windows.iter()).flatten().copied());
         }
         let rope = Rope::new(checkpoint.config());
         Ok(Self { checkpoint, recipe, options, wanted, rope, texts, key, next: 0 })
     }
 
-    /// Bytes of memory that the largest block will take, with its statistics and the streams of all texts:
-    /// an estimate from above. The mapped files, and what is done with the results, are not counted.
+    /// Bytes of memory that the largest block will take on so many threads, with its statistics and the streams
+    /// of all texts: an estimate from above. The mapped files, and what is done with the results, are not counted.
     ///
     /// # Errors
     /// [`Error::Layer`] for a scheme that is impossible.
-    pub fn memory(&self) -> Result<u64> {
+    pub fn memory(&self, threads: usize) -> Result<u64> {
         let c = self.checkpoint.config();
         let number = |x: usize| 4 * x as u64;
         let texts = || self.texts.iter().map(|text| text.tokens);
@@ -295,7 +307,7 @@ impl<'a> Quantization<'a> {
             // Loaded, transposed for the f32 block, and perhaps shifted; stored and packed.
             memory += number(n * k * (2 + usize::from(with_f32))) + 3 * plan.bytes as u64;
             // Beside what the method takes: the error of its result.
-            busiest = busiest.max(plan.memory + number(2 * n * k));
+            busiest = busiest.max(plan.memory_on(threads) + number(2 * n * k));
         }
         let mut largest = 0;
         let mut all = 0;
@@ -334,14 +346,16 @@ impl<'a> Quantization<'a> {
         if self.options.finished.is_some() {
             key.add(work.weights.iter().flat_map(|w| w.weight.data()).map(|w| w.to_bits()));
         }
-        let names: Vec<_> = work.specs.iter().map(|spec| spec.name.as_str()).collect();
+        let quantized = |i: &usize| !self.is_left_out(&work, *i);
+        let quantized: Vec<_> = (0..work.specs.len()).filter(quantized).collect();
+        let names: Vec<_> = quantized.iter().map(|&i| work.specs[i].name.as_str()).collect();
         let kept = match &self.options.finished {
             Some(finished) => finished.read(index, &names, key.0)?,
             None => None,
         };
         let kept = match kept {
             Some(kept) => {
-                for (i, (layer, report)) in kept.layers.iter().enumerate() {
+                for (&i, (layer, report)) in quantized.iter().zip(&kept.layers) {
                     block.layers[i] = work.layer(i, make(layer))?;
                     progress(report);
                 }
@@ -369,6 +383,10 @@ impl<'a> Quantization<'a> {
         let [norm, other] = kept.norms;
         let norms = [(attention, norm), (mlp, other)];
         Ok(Some(QuantizedBlock { norms, layers: kept.layers, computed: block }))
+    }
+
+    fn is_left_out(&self, work: &Work, i: usize) -> bool {
+        self.options.left_out.contains(&work.specs[i].name)
     }
 
     /// Quantizes the layers of a block, each into its place in `block`.
@@ -405,7 +423,7 @@ impl<'a> Quantization<'a> {
             let recipe = Recipe { scale: None, ..*self.recipe };
             for (seen, set) in statistics.iter().zip(group.clone()) {
                 let inputs = InputSet::new(&seen.calibration);
-                for i in SETS[set].clone() {
+                for i in SETS[set].clone().filter(|&i| !self.is_left_out(work, i)) {
                     let before = leftover[set].clone();
                     let (layer, report) = work.quantize(&recipe, i, &inputs, before, ctx)?;
                     block.layers[i] = work.layer(i, make(&layer))?;

@@ -5,4 +5,5 @@ mod eval;
 mod gguf;
 mod model;
 mod oracle;
+mod quantized;
 pub(crate) mod tiny;
