@@ -49,9 +49,7 @@ impl Tensors {
             return Ok(Self { metadata, ..Self::of(files, maps) });
         }
         if !path.is_dir() {
-            let map = map(path)?;
-            let file = Safetensors::new(path.display().to_string(), map.clone())?;
-            return Ok(Self::of(file, vec![map]));
+            return Self::open_file(path);
         }
         let (index, file) = (path.join("model.safetensors.index.json"), "model.safetensors");
         let file = path.join(file);
@@ -69,6 +67,19 @@ impl Tensors {
             Ok::<_, Error>(map)
         })?;
         Ok(Self::of(sharded, maps))
+    }
+
+    /// Opens one file of either kind by itself, whatever its name says of other parts.
+    ///
+    /// # Errors
+    /// As [`open`](Self::open).
+    pub fn open_file(path: &Path) -> Result<Self> {
+        let (name, map) = (path.display().to_string(), map(path)?);
+        let maps = vec![map.clone()];
+        Ok(match gguf_files::is_gguf(path) {
+            true => Self::of(Gguf::new(name, map)?, maps),
+            false => Self::of(Safetensors::new(name, map)?, maps),
+        })
     }
 
     /// The parts of a GGUF model.

@@ -307,7 +307,7 @@ impl Run<'_> {
         let Self { options, input, .. } = *self;
         let blocks = parts.len() - 1;
         let files: Vec<_> = (0..=blocks).map(|index| stage.part_name(index, blocks)).collect();
-        let opened = files.iter().map(|file| Tensors::open(&stage.path(file)));
+        let opened = files.iter().map(|file| Tensors::open_file(&stage.path(file)));
         let opened: Vec<_> = opened.collect::<Result<_, _>>()?;
         let mut map = serde_json::Map::new();
         let mut views = BTreeMap::new();

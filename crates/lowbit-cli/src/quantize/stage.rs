@@ -144,7 +144,7 @@ impl Stage {
     /// Part `index` of as many as there are blocks and one, if it is there as a whole.
     pub(super) fn part(&self, index: usize, blocks: usize) -> Option<Part> {
         // Its header says how long the file is.
-        Tensors::open(&self.path(&self.part_name(index, blocks))).ok()?;
+        Tensors::open_file(&self.path(&self.part_name(index, blocks))).ok()?;
         let report = fs::read(self.path(&report_name(index))).ok()?;
         serde_json::from_slice(&report).ok()
     }
