@@ -19,6 +19,8 @@ use crate::{Error, Result, RopeScaling, files::not_json, rope};
 #[derive(Clone, Debug, PartialEq)]
 #[non_exhaustive]
 pub struct Config {
+    /// Which model this is.
+    pub architecture: Architecture,
     /// Width of the residual stream.
     pub hidden_size: usize,
     /// Width inside the MLP.
@@ -120,6 +122,7 @@ impl Config {
         let (rope_theta, rope_scaling) = rope::parse(&f, max_position_embeddings)?;
         let vocab_size = f.size("vocab_size")?;
         let config = Self {
+            architecture,
             hidden_size,
             intermediate_size: f.size("intermediate_size")?,
             num_hidden_layers: f.size("num_hidden_layers")?,
@@ -213,11 +216,15 @@ impl Config {
     }
 }
 
-/// Which model this is.
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum Architecture {
+/// Which model a [`Config`] is of: the class in `architectures`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Architecture {
+    /// `LlamaForCausalLM`
     Llama,
+    /// `Qwen2ForCausalLM`
     Qwen2,
+    /// `MistralForCausalLM`
     Mistral,
 }
 

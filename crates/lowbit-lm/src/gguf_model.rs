@@ -480,15 +480,19 @@ impl<S: AsRef<[u8]>> Metadata<'_, S> {
             }
         }
         let scale = 1.0 / (head_dim as f32).sqrt();
+        let yarn = self.get("rope.scaling.type").is_some_and(|kind| kind.as_str() == Some("yarn"));
+        let factor = (!yarn).then_some(("rope.scaling.attn_factor", 1.0));
         for (key, neutral) in [
             ("attention.scale", scale),
             ("embedding_scale", 1.0),
             ("logit_scale", 1.0),
             ("residual_scale", 1.0),
-            ("rope.scaling.attn_factor", 1.0),
             ("rope.scaling.yarn_attn_factor", 1.0),
             ("rope.scaling.yarn_ext_factor", 1.0),
-        ] {
+        ]
+        .into_iter()
+        .chain(factor)
+        {
             let number = self.number(key)?.filter(|&x| x != 0.0);
             if number.is_some_and(|x| (x - neutral).abs() > 1e-6 * neutral) {
                 return Err(self.wrong(key, &format!("{neutral}, or none")));
@@ -536,13 +540,18 @@ impl<S: AsRef<[u8]>> Metadata<'_, S> {
                     None => context,
                     Some(_) => self.size("rope.scaling.original_context_length")?,
                 };
-                Ok(json!({
+                let mut scaling = json!({
                     "rope_type": "yarn",
                     "factor": decimal(factor),
                     "original_max_position_embeddings": original,
                     "beta_fast": decimal(self.positive("rope.scaling.yarn_beta_fast", Some(32.0))?),
                     "beta_slow": decimal(self.positive("rope.scaling.yarn_beta_slow", Some(1.0))?),
-                }))
+                });
+                // Beside the factor of the paper.
+                if let Some(more) = given("rope.scaling.attn_factor")?.filter(|more| *more != 1.0) {
+                    scaling["attention_factor"] = decimal(more * (1.0 + 0.1 * factor.ln()));
+                }
+                Ok(scaling)
             }
             (Some("yarn"), None) => Err(self.wrong("rope.scaling.factor", "a positive number")),
             _ => Err(self.wrong("rope.scaling.type", "\"none\", \"linear\" or \"yarn\"")),

@@ -4,6 +4,7 @@
 //! as far as it is quantized ([`Quantization`]), and so must know its architecture.
 
 mod format;
+mod gguf;
 mod input;
 mod stage;
 
@@ -21,11 +22,11 @@ use lowbit::{
     formats::{
         Dtype, Tensor, TensorSource, TensorView,
         conventions::{self, QuantizationConfig},
-        gguf,
     },
 };
 use lowbit_lm::{
-    Checkpoint, Finished, LinearWeights, Tensors, Unpacked, Windows, is_gguf, llama_gguf,
+    Finished, LinearWeights, Tensors, Unpacked, Windows, is_gguf,
+    llama_gguf::{self, Metadata},
     quantize::{self, LayerReport, Quantization, relative_error},
 };
 use rayon::prelude::*;
@@ -39,7 +40,7 @@ use self::{
 };
 use crate::{
     Threads, model, progress,
-    scheme::{MethodOptions, Scheme},
+    scheme::{Defaults, MethodOptions, Scheme},
     text,
 };
 
@@ -126,7 +127,10 @@ struct Report {
 }
 
 pub(crate) fn run(options: &Options) -> Result<()> {
-    let scheme = options.method.scheme()?;
+    let scheme = options.method.scheme(match options.format {
+        Format::Gguf => gguf::DEFAULTS,
+        _ => Defaults::default(),
+    })?;
     if options.out.symlink_metadata().is_ok() {
         let out = options.out.display();
         bail!("{out} exists already; remove it or name another folder");
@@ -150,12 +154,17 @@ pub(crate) fn run(options: &Options) -> Result<()> {
     let names = input.blocks().iter().flatten();
     let shapes = names.map(|name| input.shape(name)).collect::<Result<Shapes>>()?;
     options.format.check(&scheme, options.method.is_family(), &shapes)?;
+    let gguf = match input.checkpoint().filter(|_| options.format == Format::Gguf) {
+        Some(checkpoint) => Some(gguf::metadata(&options.model, checkpoint)?),
+        None => None,
+    };
     options.calibration.check_used(&scheme.name, needs > Needs::Nothing)?;
     let windows = match input.checkpoint().filter(|_| needs > Needs::Nothing) {
         Some(checkpoint) => options.calibration.windows(checkpoint, Some(&options.model), true)?,
         None => None,
     };
-    let run = Run { options, scheme: &scheme, input: &input, windows: windows.as_ref() };
+    let (windows, gguf) = (windows.as_ref(), gguf.as_ref());
+    let run = Run { options, scheme: &scheme, input: &input, windows, gguf };
     let job = run.job()?;
     let report_file = report_file(&options.model)?;
     let stage = Stage::open(&options.out, options.format == Format::Gguf, &job, &report_file)?;
@@ -192,12 +201,14 @@ struct Run<'a> {
     scheme: &'a Scheme,
     input: &'a Input,
     windows: Option<&'a Windows>,
+    /// What a GGUF file holds beside its tensors, if that is the format.
+    gguf: Option<&'a Metadata>,
 }
 
 impl Run<'_> {
     /// Writes what is not there yet, and returns what the report says of each file.
     fn parts(&self, stage: &Stage, ctx: &mut Context) -> Result<Vec<Part>> {
-        let Self { options, scheme, input, windows } = *self;
+        let Self { options, scheme, input, windows, .. } = *self;
         let needs = scheme.recipe.needs();
         let kept = stage.blocks();
         let label = format!("{} {}", scheme.name, env!("CARGO_PKG_VERSION"));
@@ -263,7 +274,7 @@ impl Run<'_> {
 
     /// What the run is about: another one may continue it only if it is the same.
     fn job(&self) -> Result<Value> {
-        let Self { options, scheme, input, windows } = *self;
+        let Self { options, scheme, input, windows, .. } = *self;
         let model = fs::canonicalize(&options.model)?;
         let (folder, file) = match (model.parent(), model.file_name()) {
             (Some(folder), Some(file)) if model.is_file() => (folder, Some(file.to_string_lossy())),
@@ -326,9 +337,9 @@ impl Run<'_> {
         }
         let mut config = input.config_json(&options.model)?;
         let floats = floats(input)?;
-        match input.checkpoint().filter(|_| stage.gguf) {
-            Some(checkpoint) => {
-                assemble(options, checkpoint, stage, views.into_values().collect())?;
+        match self.gguf {
+            Some(metadata) => {
+                gguf::write(stage, metadata, views.into_values().collect())?;
                 drop(opened);
                 files.iter().try_for_each(|file| fs::remove_file(stage.path(file)))?;
             }
@@ -358,7 +369,8 @@ impl Run<'_> {
     }
 
     fn report(&self, layers: Vec<Layer>, bytes_after: usize, job: &Value) -> Result<Report> {
-        let Self { options, scheme, input, windows } = *self;
+        let Self { options, scheme, input, windows, gguf } = *self;
+        let other = gguf.map_or(&[][..], |metadata| &metadata.substitutions);
         let tensors = input.tensors();
         let mut bytes_before = 0;
         for name in tensors.names() {
@@ -381,7 +393,7 @@ impl Run<'_> {
             bytes_before,
             bytes_after,
             mean_relative_error: errors / layers.len().max(1) as f64,
-            substitutions: substitutions.collect(),
+            substitutions: other.iter().cloned().chain(substitutions).collect(),
             copied: Vec::new(),
             folded: Vec::new(),
             floats: Vec::new(),
@@ -646,26 +658,6 @@ fn belongs_to(file: &str, name: &str) -> bool {
     let texts = ["config.json", "tokenizer.json"];
     let is_part = || unnumbered(file).is_some_and(|file| unnumbered(name) == Some(file));
     name == file || texts.contains(&name) || is_part()
-}
-
-/// One GGUF file of all parts, with the metadata of llama.cpp.
-fn assemble(
-    options: &Options,
-    checkpoint: &Checkpoint,
-    stage: &Stage,
-    views: Vec<TensorView<'_>>,
-) -> Result<()> {
-    let named = |view: &TensorView<'_>| {
-        llama_gguf::gguf_name(view.name)
-            .ok_or_else(|| anyhow!("{} has no place in a GGUF file", view.name))
-    };
-    let names: Vec<_> = views.iter().map(named).collect::<Result<_>>()?;
-    let tensors: Vec<_> =
-        views.iter().zip(&names).map(|(view, name)| TensorView { name, ..*view }).collect();
-    let name = options.model.file_name().unwrap_or_default().to_string_lossy();
-    let metadata = llama_gguf::metadata(&name, checkpoint.config(), checkpoint.tokenizer_json())?;
-    let metadata: Vec<_> = metadata.iter().map(|(key, v)| (key.as_str(), v.clone())).collect();
-    stage.write("model.gguf", |to| Ok(gguf::write(to, &metadata, &tensors)?))
 }
 
 /// Tokenizer and whatever else belongs to a model, but not its weights.

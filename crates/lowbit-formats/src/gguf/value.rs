@@ -250,6 +250,16 @@ impl<'a> Array<'a> {
         Some(Self { kind, len: items.len(), items: bytes.into() })
     }
 
+    /// An array of `texts`, which may be none.
+    pub fn strings<'t>(texts: impl IntoIterator<Item = &'t str>) -> Self {
+        let (mut len, mut bytes) = (0, Vec::new());
+        for text in texts {
+            len += 1;
+            Value::from(text).encode_item(&mut bytes);
+        }
+        Self { kind: STRING, len, items: bytes.into() }
+    }
+
     /// Number of items.
     pub fn len(&self) -> usize {
         self.len

@@ -3,6 +3,7 @@
 mod checkpoint;
 mod eval;
 mod gguf;
+mod gguf_metadata;
 mod model;
 mod oracle;
 mod quantized;
