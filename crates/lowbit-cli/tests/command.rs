@@ -187,8 +187,17 @@ fn tokens_are_read_as_tokens_and_said_to_be() {
 
     let weights = embedded().join("model.safetensors");
     let weights = weights.to_str().unwrap();
-    refuses(&["eval", model, "--text", weights], &["expected a text in UTF-8, but byte"]);
-    refuses(&["outliers", model, "--text", weights], &["expected a text in UTF-8, but byte"]);
+    refuses(
+        &["eval", model, "--text", weights],
+        &["expected a text, but it is a safetensors file"],
+    );
+    let latin = folder.path().join("latin-1.txt");
+    std::fs::write(&latin, b"caf\xe9 au lait").unwrap();
+    let latin = latin.to_str().unwrap();
+    refuses(
+        &["outliers", model, "--text", latin],
+        &["expected a text in UTF-8, but byte 3 is 0xe9"],
+    );
     refuses(&["eval", folder.path().to_str().unwrap()], &["config.json", "No such file"]);
 }
 
