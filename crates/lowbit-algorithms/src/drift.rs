@@ -176,7 +176,9 @@ pub(crate) fn factor(calibration: &Calibration, ctx: &mut Context) -> Result<Opt
         for (j, x) in diagonal.iter().enumerate() {
             h.data_mut()[j * k + j] = x + damping * mean;
         }
-        if let Ok(factor) = on_pool(ctx, |_| view(&h).llt(faer::Side::Lower)) {
+        let factor = on_pool(ctx, |_| view(&h).llt(faer::Side::Lower));
+        let exists = |l: FaerRef<'_, f64>| (0..k).all(|j| l[(j, j)] > 0.0 && l[(j, j)].is_finite());
+        if let Some(factor) = factor.ok().filter(|factor| exists(factor.L())) {
             return Ok(Some(factor));
         }
         damping *= 10.0;
@@ -210,4 +212,33 @@ fn zeros(rows: usize, cols: usize) -> Result<Mat<f64>> {
     let len = rows.checked_mul(cols).filter(|&len| data.try_reserve_exact(len).is_ok());
     data.resize(len.ok_or(Error::TooLarge { rows, cols })?, 0.0);
     Mat::new(data, rows, cols)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Three channels with correlations of −0.9, as only a file can claim: eigenvalues 1.9, 1.9 and −0.8. The
+    /// first damping of 0.01·10ⁱ with a factor is 1.
+    #[test]
+    fn a_second_moment_without_a_factor_is_damped_until_it_has_one() {
+        let ctx = &mut Context::new();
+        let mut calibration = Calibration::with_second_moment(3).unwrap();
+        calibration.observe(Mat::from_fn(4, 3, |t, c| (t * c) as f32).as_ref(), ctx).unwrap();
+        calibration.triangle = Some(vec![1.0, -0.9, 1.0, -0.9, -0.9, 1.0]);
+        let mut drift = Drift::new(3, None).unwrap();
+        let lost = Mat::new(vec![0.0, 1.0, 0.0], 1, 3).unwrap();
+        drift.observe(lost.as_ref(), Mat::zeros(1, 3).as_ref(), None, ctx).unwrap();
+        let w = Mat::new(vec![1.0, 1.0, 1.0], 1, 3).unwrap();
+        let shifted = drift.shift(w.as_ref(), &InputSet::new(&calibration), 1.0, ctx).unwrap();
+        // W·C = (0, −1, 0), and 2·I − 0.9·(J − I) has the inverse (I + 0.9/0.2·J)/2.9.
+        let (own, other) = (1.0 - 5.5 / 2.9, 1.0 - 4.5 / 2.9);
+        for (got, expected) in shifted.data().iter().zip([other, own, other]) {
+            assert!((f64::from(*got) - expected).abs() < 1e-6, "{got} {expected}");
+        }
+        // No damping makes up for infinity.
+        calibration.triangle = Some(vec![1.0, f64::INFINITY, 1.0, 0.0, 0.0, 1.0]);
+        let error = drift.shift(w.as_ref(), &InputSet::new(&calibration), 1.0, ctx).unwrap_err();
+        assert!(matches!(error, Error::Parameter { what: "damping", .. }), "{error}");
+    }
 }

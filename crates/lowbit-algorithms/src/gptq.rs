@@ -155,17 +155,40 @@ impl Quantizer for Gptq {
 
     fn plan(&self, out_features: usize, in_features: usize) -> Result<Plan> {
         let plan = Plan::of(self.scheme, out_features, in_features, self.needs())?;
-        let (weights, k) = (plan.weights, in_features as u64);
-        // Of each weight two copies, its error, what is kept of it, and its code; the factor in f64 and
-        // its panels in f32; H for sweeps takes no more.
-        let (of_weights, of_inputs) = (weights.saturating_mul(18), k.saturating_mul(k));
-        let memory =
-            plan.memory.saturating_add(of_weights).saturating_add(of_inputs.saturating_mul(10));
+        let (n, k) = (out_features, in_features);
+        let times = |a: usize, b: usize| (a as u64).saturating_mul(b as u64);
+        let (weights, square) = (plan.weights, times(k, k));
+        let grid = Grid::new(self.scheme, n, k, self.order == Order::Falling);
+        // Of each weight in a band its target, its error, what is kept of it, and its code; of each block
+        // its parameters, as stored and before that; and the target of the whole layer.
+        let rows = n.next_multiple_of(LANES);
+        let of_bands = times(rows, k).saturating_mul(13).saturating_add(times(rows, k) / 8);
+        let of_blocks = times(rows, grid.across).saturating_mul(24);
+        let always = of_bands.saturating_add(of_blocks).saturating_add(weights.saturating_mul(4));
+        // The factor in f64 beside its panels in f32; H in f32 for sweeps beside the parameters; codes and
+        // what is stored, or the parameters while they are rounded.
+        let blocks = times(rows, grid.across) / grid.rows.max(1) as u64;
+        let factoring = square.saturating_mul(10);
+        let sweeping = if self.sweeps > 0 { square.saturating_mul(4) } else { 0 };
+        let sweeping = sweeping.saturating_add(blocks.saturating_mul(16));
+        let storing = weights.saturating_add(plan.memory).max(blocks.saturating_mul(48));
+        // The normal equations of 32 rows, and those of one of them twice; four numbers of each weight.
+        let refits = self.sweeps > 0 && self.refits > 0 && grid.can_refit;
+        let each_thread = match refits {
+            true => times(grid.across, grid.across)
+                .saturating_mul(8 * (LANES as u64 + 2))
+                .saturating_add(times(k, 2 * LANES * 4)),
+            false => 0,
+        };
+        let memory = always.saturating_add(factoring.max(storing));
+        let shared = always.saturating_add(sweeping);
+        let memory = memory.max(shared.saturating_add(each_thread));
         let mut bytes = plan.bytes;
         if self.order == Order::Sorted {
             bytes += 4 * in_features;
         }
-        Ok(Plan { memory, bytes, ..plan })
+        let most_threads = n.div_ceil(LANES * TOGETHER).max(1);
+        Ok(Plan { memory, shared, each_thread, most_threads, bytes, ..plan })
     }
 
     fn target_share(&self) -> f64 {

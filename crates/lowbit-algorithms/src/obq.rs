@@ -106,11 +106,13 @@ impl Quantizer for Obq {
 
     fn plan(&self, out_features: usize, in_features: usize) -> Result<Plan> {
         let plan = Plan::of(self.scheme, out_features, in_features, self.needs())?;
-        let k = in_features as u64;
-        // The inverse, and a copy of it for each row at work.
-        let (of_weights, of_inputs) = (plan.weights.saturating_mul(5), k.saturating_mul(k));
-        let memory = plan.memory.saturating_add(of_weights);
-        Ok(Plan { memory: memory.saturating_add(of_inputs.saturating_mul(24)), ..plan })
+        let square = (in_features as u64).saturating_mul(in_features as u64).saturating_mul(8);
+        // Of each weight a copy and its code; the inverse, and a copy of it for each row at work. Before
+        // that, the inverse beside a factor.
+        let shared = plan.memory.saturating_add(plan.weights.saturating_mul(5));
+        let shared = shared.saturating_add(square);
+        let (memory, most_threads) = (shared.saturating_add(square), out_features.max(1));
+        Ok(Plan { memory, shared, each_thread: square, most_threads, ..plan })
     }
 }
 
@@ -172,7 +174,7 @@ impl Row<'_> {
 /// `H⁻¹` with at least so much damping.
 fn inverse(hessian: &Hessian<'_>, damping: f64, ctx: &mut Context) -> Result<(Mat<f64>, f64)> {
     let factor = hessian.factor(damping, ctx)?;
-    let k = factor.len();
+    let (k, damping) = (factor.len(), factor.damping);
     // U = R⁻¹, upper triangular, column by column; H⁻¹ = UᵀU.
     let mut u = Mat::zeros(k, k);
     for c in 0..k {
@@ -182,10 +184,11 @@ fn inverse(hessian: &Hessian<'_>, damping: f64, ctx: &mut Context) -> Result<(Ma
             u.data_mut()[i * k + c] = -sum / factor.at(i, i);
         }
     }
+    drop(factor);
     let inverse = Mat::from_fn(k, k, |a, b| {
         (0..=a.min(b)).map(|t| u.data()[t * k + a] * u.data()[t * k + b]).sum()
     });
-    Ok((inverse, factor.damping))
+    Ok((inverse, damping))
 }
 
 /// What removing each weight costs with the others held: `w_j²·H_jj / 2` (OBD), `(n, k)`.

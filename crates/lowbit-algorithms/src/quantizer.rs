@@ -146,8 +146,15 @@ pub struct Plan {
     /// Bytes stored for them: [`QLinear::bytes`]. An estimate where the number of outliers depends
     /// on the weights.
     pub bytes: usize,
-    /// Bytes of memory taken while it is quantized, the weights and the calibration not included.
+    /// Bytes of memory taken while it is quantized on one thread, the weights, the calibration and the
+    /// buffers that linear algebra keeps for a thread (64 MiB, hardly touched by small layers) not included. See [`memory_on`](Self::memory_on) for more threads.
     pub memory: u64,
+    /// Of these, what is taken beside the threads' own memory where they have the most.
+    pub shared: u64,
+    /// What each thread takes for itself then.
+    pub each_thread: u64,
+    /// How many threads find work at the same time then, at most.
+    pub most_threads: usize,
     /// The statistics that are looked at.
     pub needs: Needs,
 }
@@ -157,7 +164,31 @@ impl Plan {
     pub(crate) fn of(scheme: QuantScheme, n: usize, k: usize, needs: Needs) -> Result<Self> {
         let bytes = scheme.bytes(n, k)?;
         let weights = (n as u64).saturating_mul(k as u64);
-        Ok(Self { weights, bytes, memory: bytes as u64, needs })
+        let memory = bytes as u64;
+        Ok(Self { weights, bytes, memory, shared: memory, each_thread: 0, most_threads: 1, needs })
+    }
+
+    /// With so many bytes more, whatever the threads do.
+    pub(crate) fn with_more_memory(self, bytes: u64) -> Self {
+        let more = |x: u64| x.saturating_add(bytes);
+        Self { memory: more(self.memory), shared: more(self.shared), ..self }
+    }
+
+    /// Bytes of memory taken while the layer is quantized on so many threads.
+    ///
+    /// # Example
+    /// ```
+    /// use lowbit_algorithms::{Obq, Quantizer};
+    /// use lowbit_core::{Granularity, QuantScheme};
+    ///
+    /// // Each thread has a copy of the inverse second moment.
+    /// let plan = Obq::new(QuantScheme::affine(4, Granularity::PerChannel)).plan(64, 512)?;
+    /// assert_eq!(plan.memory_on(8) - plan.memory_on(4), 4 * 512 * 512 * 8);
+    /// # Ok::<(), lowbit_core::Error>(())
+    /// ```
+    pub fn memory_on(&self, threads: usize) -> u64 {
+        let own = self.each_thread.saturating_mul(threads.min(self.most_threads) as u64);
+        self.memory.max(self.shared.saturating_add(own))
     }
 
     /// Stored bits over the number of weights; 0 for a layer without any.

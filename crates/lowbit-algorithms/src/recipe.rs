@@ -237,16 +237,15 @@ impl Quantizer for Recipe<'_> {
         let plan = self.rounding.plan(out_features, in_features)?;
         let scale = if self.scale.is_some() { 4 * in_features } else { 0 };
         let signs = if self.rotation.is_some() { in_features.div_ceil(8) } else { 0 };
-        // A copy of the weights, and of the statistics.
-        let copy = plan.weights.saturating_mul(4);
         let needs = self.needs();
+        let plan = Plan { bytes: plan.bytes + scale + signs, needs, ..plan };
+        if scale + signs == 0 && self.clip.is_none() && self.outliers.is_none() {
+            return Ok(plan);
+        }
+        // A copy of the weights, and of the statistics.
         let statistics = Calibration::bytes(in_features, needs == Needs::SecondMoment);
-        Ok(Plan {
-            bytes: plan.bytes + scale + signs,
-            memory: plan.memory.saturating_add(copy).saturating_add(statistics),
-            needs,
-            ..plan
-        })
+        let copy = plan.weights.saturating_mul(4);
+        Ok(plan.with_more_memory(copy.saturating_add(statistics)))
     }
 
     fn has_outliers(&self) -> bool {

@@ -6,7 +6,9 @@
 
 use std::sync::Arc;
 
-use lowbit_algorithms::{Calibration, Gptq, Order, OutlierRule, Quantizer, Spqr, layer_loss};
+use lowbit_algorithms::{
+    Calibration, Gptq, LlmInt8, Order, OutlierRule, Quantizer, Recipe, Spqr, layer_loss,
+};
 use lowbit_core::{
     Context, Error, Granularity, Mat, Outliers, QuantScheme, ScaleFormat, StepFormat, TwoLevel,
     ZeroFormat,
@@ -119,6 +121,31 @@ fn a_share_is_met_and_outliers_pay_at_any_size() {
         assert_eq!(swept.quantize(w.as_ref(), &calibration, ctx).unwrap(), q);
         assert!(matches!(q.layer.outliers(), Some(Outliers::Sparse(_))));
     }
+}
+
+/// A layer holds one kind of outliers: the kept weights were thrown away.
+#[test]
+fn outlier_features_beside_kept_weights_are_refused() {
+    let (w, calibration) = golden();
+    let ctx = &mut Context::new();
+    let spqr = Spqr::new(4);
+    let features = Recipe { outliers: Some(LlmInt8::BITSANDBYTES), ..Recipe::rounding(&spqr) };
+    let alone = Recipe::rounding(&spqr);
+    let twice = Recipe { outliers: Some(LlmInt8::PAPER), ..Recipe::LLM_INT8 };
+    let nested = [
+        features,
+        Recipe { outliers: Some(LlmInt8::PAPER), ..Recipe::rounding(&alone) },
+        Recipe { outliers: Some(LlmInt8::PAPER), ..Recipe::rounding(&twice) },
+    ];
+    for recipe in nested {
+        // Before any work: not even the weights are looked at.
+        let bad = Mat::from_fn(w.rows(), w.cols(), |_, _| f32::NAN);
+        let error = recipe.quantize(bad.as_ref(), &calibration, ctx).unwrap_err().to_string();
+        assert!(error.contains("a layer holds one kind"), "{error}");
+    }
+    let rotated = Recipe { rotation: Some(1), ..alone };
+    let q = rotated.quantize(w.as_ref(), &calibration, ctx).unwrap();
+    assert!(matches!(q.layer.outliers(), Some(Outliers::Sparse(_))) && q.report.outliers > 0);
 }
 
 #[test]

@@ -3,7 +3,7 @@
 use std::{
     collections::{BTreeMap, BTreeSet},
     io::Write,
-    path::PathBuf,
+    path::{Path, PathBuf},
 };
 
 use anyhow::Result;
@@ -11,10 +11,10 @@ use lowbit::{
     QLinear, QuantType,
     formats::{
         Dtype, TensorSource,
-        conventions::{self, Convention},
+        conventions::{self, QuantizationConfig},
     },
 };
-use lowbit_lm::Tensors;
+use lowbit_lm::{Tensors, quantization_config};
 use serde::Serialize;
 
 use crate::{model, text};
@@ -69,28 +69,31 @@ struct Tensor {
 }
 
 /// How the names of the tensors of quantized layers end.
-const ENDS: [&str; 7] =
-    [".qweight", ".weight", ".weight_packed", ".lowbit", "_blocks", ".SCB", ".weight_scale"];
+const ENDS: [&str; 8] = [
+    ".qweight",
+    ".weight",
+    ".weight_packed",
+    ".lowbit",
+    "_blocks",
+    ".SCB",
+    ".weight_scale",
+    ".scales",
+];
 
 pub(crate) fn run(options: &Options) -> Result<()> {
     let source = Tensors::open(&options.path)?;
-    let configured = configured(&options.path)?;
+    let config = configured(&options.path)?;
     let names = source.names();
     let candidates: BTreeSet<&str> = names
         .iter()
         .filter_map(|name| ENDS.iter().find_map(|end| name.strip_suffix(end)))
         .collect();
-    let mut layers = Vec::new();
-    for name in candidates {
-        let convention = match &configured {
-            Some(convention) if convention.holds(&source, name) => Some(convention),
-            _ => None,
-        };
-        let detected = conventions::detect(&source, name);
-        if let Some(convention) = convention.or(detected.as_ref()) {
-            layers.push(layer(&source, name, &**convention));
-        }
-    }
+    let mut notes: BTreeSet<String> = config.notes().iter().cloned().collect();
+    let layers: Vec<_> = candidates
+        .into_iter()
+        .filter_map(|name| layer(&source, name, &config, &mut notes))
+        .collect();
+    model::print_notes(&notes);
     let mut of_layers = BTreeSet::new();
     for layer in &layers {
         let at = names.partition_point(|name| *name < layer.name.as_str());
@@ -125,38 +128,50 @@ pub(crate) fn run(options: &Options) -> Result<()> {
     print(options, &report)
 }
 
-/// The convention that the config.json of a folder speaks of.
-fn configured(path: &std::path::Path) -> Result<Option<Box<dyn Convention>>> {
-    let file = path.join("config.json");
-    if !file.is_file() {
-        return Ok(None);
-    }
-    let config: serde_json::Value = serde_json::from_slice(&model::read(&file)?)?;
-    let quantization = config.get("quantization_config").filter(|config| !config.is_null());
-    Ok(quantization.map(conventions::from_config).transpose()?)
+/// What lies beside the tensors says of quantized layers, as for whoever runs the model.
+fn configured(path: &Path) -> Result<QuantizationConfig> {
+    let folder = if path.is_dir() { Some(path) } else { path.parent() };
+    let safetensors = path.is_dir() || path.extension().is_some_and(|end| end == "safetensors");
+    Ok(match folder {
+        Some(folder) if safetensors => quantization_config(folder)?,
+        _ => QuantizationConfig::default(),
+    })
 }
 
-fn layer(source: &dyn TensorSource, name: &str, convention: &dyn Convention) -> Layer {
+/// The layer called `name`, as whoever runs the model reads it; `None` if it is not quantized.
+fn layer(
+    source: &dyn TensorSource,
+    name: &str,
+    config: &QuantizationConfig,
+    notes: &mut BTreeSet<String>,
+) -> Option<Layer> {
     let mut layer = Layer {
         name: name.into(),
-        convention: convention.name().into(),
+        convention: String::new(),
         shape: None,
         scheme: None,
         bits_per_weight: None,
         saturated: None,
         problem: None,
     };
-    match convention.read(source, name) {
-        Ok(read) => {
-            let weight = read.weight();
+    match config.read(source, name) {
+        Ok(None) => return None,
+        Ok(Some(stored)) => {
+            let weight = stored.layer.weight();
+            layer.convention = stored.convention.name().into();
             layer.shape = Some([weight.rows(), weight.cols()]);
             layer.scheme = Some(weight.scheme().to_string());
             layer.bits_per_weight = Some(weight.bits_per_weight());
-            layer.saturated = saturated(&read);
+            layer.saturated = saturated(&stored.layer);
+            notes.extend(stored.notes.into_iter().map(String::from));
         }
-        Err(e) => layer.problem = Some(e.to_string()),
+        Err(e) => {
+            let detected = conventions::detect(source, name);
+            layer.convention = detected.map_or("unknown".into(), |found| found.name().into());
+            layer.problem = Some(e.to_string());
+        }
     }
-    layer
+    Some(layer)
 }
 
 /// The share of integers at the ends of their range.
@@ -206,7 +221,7 @@ fn print(options: &Options, report: &Report) -> Result<()> {
     writeln!(to, "{path}: {size:.1} MiB, {} quantized layers of {count}", layers.len())?;
     let (keys, wide) = column(metadata.keys());
     for (value, key) in metadata.values().zip(keys) {
-        writeln!(to, "{key:wide$}  {}", text::message(&value.to_string()))?;
+        writeln!(to, "{key:wide$}  {}", text::message(value))?;
     }
     let (names, wide) = column(layers.iter().map(|layer| &layer.name));
     for (layer, name) in layers.iter().zip(names) {

@@ -31,10 +31,19 @@ const CALIBRATION_TOKENS: &str = include_str!("../../../models/stories3m/calibra
 
 /// Opens a folder or file, or the embedded model.
 pub(crate) fn open(folder: Option<&PathBuf>) -> Result<Checkpoint> {
-    Ok(match folder {
+    let checkpoint = match folder {
         Some(folder) => Checkpoint::open(folder)?,
         None => Checkpoint::from_bytes(NAME, CONFIG, WEIGHTS, TOKENIZER)?,
-    })
+    };
+    print_notes(checkpoint.notes());
+    Ok(checkpoint)
+}
+
+/// Says what is done without, of all that a file asks for.
+pub(crate) fn print_notes<'a>(notes: impl IntoIterator<Item = &'a String>) {
+    for note in notes {
+        eprintln!("note: {note}");
+    }
 }
 
 /// Knows the methods by name, and lists them with what they are.

@@ -187,8 +187,17 @@ fn tokens_are_read_as_tokens_and_said_to_be() {
 
     let weights = embedded().join("model.safetensors");
     let weights = weights.to_str().unwrap();
-    refuses(&["eval", model, "--text", weights], &["expected a text in UTF-8, but byte"]);
-    refuses(&["outliers", model, "--text", weights], &["expected a text in UTF-8, but byte"]);
+    refuses(
+        &["eval", model, "--text", weights],
+        &["expected a text, but it is a safetensors file"],
+    );
+    let latin = folder.path().join("latin-1.txt");
+    std::fs::write(&latin, b"caf\xe9 au lait").unwrap();
+    let latin = latin.to_str().unwrap();
+    refuses(
+        &["outliers", model, "--text", latin],
+        &["expected a text in UTF-8, but byte 3 is 0xe9"],
+    );
     refuses(&["eval", folder.path().to_str().unwrap()], &["config.json", "No such file"]);
 }
 
@@ -739,9 +748,11 @@ fn inspect_names_what_is_damaged() {
     assert!(lowbit(&args).status.success());
     let file = copy.file("out/model-00002-of-00005.safetensors");
     let mut bytes = fs::read(&file).unwrap();
-    // The last tensor of a block is the format of down_proj, those before it its row maxima.
-    let len = bytes.len();
-    bytes[len - 5..len - 1].copy_from_slice(&f32::NAN.to_le_bytes());
+    let header_len = 8 + u64::from_le_bytes(*bytes.first_chunk().unwrap()) as usize;
+    let header: Value = serde_json::from_slice(&bytes[8..header_len]).unwrap();
+    let row_maxima = &header["model.layers.0.mlp.down_proj.SCB"]["data_offsets"];
+    let last = header_len + row_maxima[1].as_u64().unwrap() as usize - 4;
+    bytes[last..last + 4].copy_from_slice(&f32::NAN.to_le_bytes());
     fs::write(&file, bytes).unwrap();
     let inspected = json(&["inspect", file.to_str().unwrap(), "--json"]);
     let damaged: Vec<_> = inspected["layers"]

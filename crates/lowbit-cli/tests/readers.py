@@ -79,7 +79,9 @@ def transformers(folder, layers):
         # transformers 5.24 makes no place for packed zero-points unless layers are dequantized when they are loaded, and
         # multiplies weights of MX and NV formats in bfloat16 with inputs in f32, which PyTorch refuses.
         options["quantization_config"] = CompressedTensorsConfig(dequantize=True)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **options).float().eval()
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **options).eval()
+    if options:
+        torch.nn.Module.float(model)
     config = AutoConfig.from_pretrained(folder)
     del config.quantization_config
     expected = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()

@@ -178,7 +178,8 @@ impl<S: AsRef<[u8]>> QLinear<S> {
     }
 
     /// The `(out_features, in_features)` weight that this layer stands for in the basis of its input:
-    /// `(Q + S)·T + B·A`. Outlier columns count with their own weights; activations are not looked at.
+    /// `(Q + S)·T + B·A`. Outlier columns count with their own weights; activations are not looked at. What is
+    /// beyond f32 in that basis is infinite.
     ///
     /// # Errors
     /// None for a layer that could be built.

@@ -274,8 +274,8 @@ impl<T> Mat<T> {
 
     /// The matrix whose element at `(r, c)` is `f(r, c)`.
     pub fn from_fn(rows: usize, cols: usize, mut f: impl FnMut(usize, usize) -> T) -> Self {
-        let mut data = Vec::new();
-        for r in 0..rows {
+        let mut data = Vec::with_capacity(rows.saturating_mul(cols));
+        for r in 0..if cols == 0 { 0 } else { rows } {
             data.extend((0..cols).map(|c| f(r, c)));
         }
         Self { data, rows, cols }

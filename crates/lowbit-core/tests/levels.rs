@@ -1,12 +1,14 @@
 //! Floats, tables, and scales that are quantized themselves.
 
 use lowbit_core::{
-    ActivationScheme, Base, BlockParams, Context, Encoder, Error, Fit, Granularity, Levels, Linear,
-    Mat, Params, QLinear, QMatrix, QuantScheme, QuantType, Range, Rounding, ScaleFormat,
-    StepFormat, TwoLevel, ZeroFormat, presets,
+    ActivationScheme, Base, BlockParams, Context, Division, Encoder, Error, Fit, Granularity,
+    Levels, Linear, Mat, Params, QLinear, QMatrix, QuantScheme, QuantType, Range, Rounding,
+    ScaleFormat, StepFormat, TwoLevel, ZeroFormat, presets,
     testing::{proptest::prelude::*, strategies},
 };
-use lowbit_dtypes::{F8E4M3, F8E8M0, Format, Mx, Nvfp4, Rounding as Nearest, ScaleRule, Table16};
+use lowbit_dtypes::{
+    F8E4M3, F8E8M0, Format, Mx, Nvfp4, Rounding as Nearest, ScaleRule, Specials, Table16,
+};
 
 fn weights(n: usize, k: usize) -> Mat<f32> {
     Mat::from_fn(n, k, |r, c| ((r * k + c) as f32 * 0.37).sin() * (1.0 + ((c / 16) % 7) as f32))
@@ -133,6 +135,59 @@ fn nf4_is_what_the_dtypes_crate_makes() {
     let q = QMatrix::quantize_with(w.as_ref(), scheme, &fit, None).unwrap();
     assert_eq!(codes(&q), expected);
     assert_eq!(q.scales(), scales.map(f32::to_le_bytes).concat());
+}
+
+/// Each weight alone has no place in the matrix: all of them were rounded by one random number.
+#[test]
+fn an_encoder_refuses_what_it_cannot_do() {
+    let scheme = QuantScheme::symmetric(4, Granularity::PerChannel);
+    for (fit, word) in [
+        (Fit { rounding: Rounding::Stochastic { seed: 1 }, ..Fit::NEAREST }, "stochastic"),
+        (Fit { division: Division::ExactReciprocal, ..Fit::NEAREST }, "division"),
+    ] {
+        let error = Encoder::new(scheme, &fit).unwrap_err().to_string();
+        assert!(
+            error.starts_with("an encoder does not support") && error.contains(word),
+            "{error}"
+        );
+    }
+}
+
+#[test]
+fn unsigned_floats_have_no_level_below_0() {
+    let dtype = QuantType::Float(Format::new(3, 2, 3, Specials::Scale).unwrap());
+    let w = Mat::new(vec![-1.0, 0.5, 2.0, 0.0], 1, 4).unwrap();
+    let scheme = QuantScheme {
+        scale_format: ScaleFormat::F32,
+        ..QuantScheme::levels(dtype, Granularity::PerChannel)
+    };
+    let q = QMatrix::quantize(w.as_ref(), scheme).unwrap().dequantize();
+    let lowest = 2.0 * dtype.level(0) / dtype.reach();
+    assert!(q.data()[0] == lowest && q.data()[3] == lowest && q.data()[2] == 2.0, "{q:?}");
+}
+
+#[test]
+fn a_scale_whose_outermost_level_is_beyond_f32_overflows() {
+    // 3 · 2^127 is not an f32; before, only the scale was looked at.
+    let scheme = QuantScheme {
+        scale_format: ScaleFormat::Bf16,
+        ..QuantScheme::levels(QuantType::Float(Format::F4E2M1), Granularity::PerChannel)
+    };
+    let params = Params { scale: 2.0_f32.powi(126), ..Params::default() };
+    let error = BlockParams::round(scheme, 1, 4, &[params]).unwrap_err();
+    assert!(matches!(error, Error::ScaleOverflow { row: 0, col: 0, .. }), "{error}");
+    // The smallest weight on a real zero and powers of two: the scale was 0, which they do not have.
+    let scheme = QuantScheme {
+        scale_format: ScaleFormat::E8m0,
+        zero: ZeroFormat::Real(ScaleFormat::F32),
+        ..QuantScheme::affine(4, Granularity::PerTensor)
+    };
+    let tiny = Mat::new(vec![8e-45], 1, 1).unwrap();
+    let q = QMatrix::quantize(tiny.as_ref(), scheme).unwrap();
+    assert_eq!(
+        (q.params(0, 0).scale, q.dequantize().data()[0].is_finite()),
+        (2.0_f32.powi(-127), true)
+    );
 }
 
 #[test]

@@ -1,7 +1,7 @@
 //! Rows gathered from a quantized matrix, and the whole matrix, against one number at a time.
 
 use lowbit_core::{
-    Error, Granularity, Mat, QMatrix, QuantScheme,
+    Error, Granularity, Mat, OutlierColumns, Outliers, QLinear, QMatrix, QuantScheme,
     testing::{proptest::prelude::*, strategies},
 };
 
@@ -16,6 +16,20 @@ fn row(q: &QMatrix, r: usize) -> Vec<f32> {
 
 fn bits(x: &[f32]) -> Vec<u32> {
     x.iter().map(|x| x.to_bits()).collect()
+}
+
+#[test]
+fn a_row_or_column_that_is_not_there_is_named() {
+    let q = QMatrix::quantize(
+        Mat::zeros(5, 3).as_ref(),
+        QuantScheme::symmetric(4, Granularity::PerChannel),
+    );
+    let q = q.unwrap();
+    let error = q.unpack_row(9, &mut [0; 3]).unwrap_err();
+    assert_eq!(error.to_string(), "row of a matrix: expected 0 to 4, got 9");
+    let known = OutlierColumns::new(vec![1, 7], Mat::zeros(2, 5)).unwrap();
+    let error = QLinear::new(q).with_outliers(Some(Outliers::Columns(known))).unwrap_err();
+    assert_eq!(error.to_string(), "outlier column: expected 0 to 2, got 7");
 }
 
 proptest! {

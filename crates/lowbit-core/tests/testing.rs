@@ -7,8 +7,9 @@ use lowbit_core::testing::{
     Failure, Family, Int8Problem, LinearProblem, Promise, bounds, proptest::prelude::*, strategies,
 };
 use lowbit_core::{
-    ActivationScheme, Context, Error, Granularity, Linear, Mat, MatMut, MatRef, QActivations,
-    QLinear, QMatrix, QuantScheme, Result,
+    ActivationScheme, Adapter, Context, Error, Granularity, Linear, Mat, MatMut, MatRef,
+    OutlierColumns, Outliers, QActivations, QLinear, QMatrix, QuantScheme, Result, SparseRows,
+    Transform, f16,
 };
 
 /// Calls `f(x row, output row)` for each.
@@ -112,6 +113,154 @@ proptest! {
             }
         }
     }
+}
+
+/// The layer of a problem with transforms, outliers and an adapter, as the bits of `parts` choose.
+fn with_terms(problem: &LinearProblem, parts: u8) -> LinearProblem {
+    let layer = problem.layer().clone();
+    let (n, k) = (layer.out_features(), layer.in_features());
+    let wave =
+        |rows, cols, by: f32| Mat::from_fn(rows, cols, |r, c| ((r * 31 + c * 7) as f32 + by).sin());
+    let transforms = [
+        Transform::Scale((0..k).map(|j| 0.3 + (j % 7) as f32).collect()),
+        Transform::Permute((0..k as u32).rev().collect()),
+        Transform::hadamard(k, 3),
+    ];
+    let chosen = transforms.into_iter().enumerate().filter(|(i, _)| parts >> i & 1 == 1);
+    let layer = layer.with_transforms(chosen.map(|(_, t)| t).collect()).unwrap();
+    let outliers = match parts >> 3 & 3 {
+        1 => {
+            let of_row = k.div_ceil(3) as u32;
+            let starts = (0..=n as u32).map(|r| r * of_row).collect();
+            let columns: Vec<u32> = (0..n).flat_map(|_| (0..k as u32).step_by(3)).collect();
+            let values = columns.iter().map(|&c| f16::from_f32((c as f32).cos())).collect();
+            Some(Outliers::Sparse(SparseRows::new(n, k, starts, columns, values).unwrap()))
+        }
+        2 => {
+            let columns: Vec<_> = (0..k).step_by(5).collect();
+            let weight = Mat::from_fn(columns.len(), n, |r, c| f16::from_f32((r + c) as f32));
+            Some(Outliers::Columns(OutlierColumns::new(columns, weight).unwrap()))
+        }
+        3 => Some(Outliers::Threshold(0.05)),
+        _ => None,
+    };
+    let adapter =
+        (parts >> 5 & 1 == 1).then(|| Adapter::new(wave(3, k, 0.5), wave(n, 3, 1.5)).unwrap());
+    let layer = layer.with_outliers(outliers).unwrap().with_adapter(adapter).unwrap();
+    let x = Mat::from_fn(problem.x().rows(), k, |r, c| problem.x().row(r).unwrap()[c]);
+    LinearProblem::new(layer, x).unwrap()
+}
+
+/// A Hadamard block by its definition: every element one sum of all, from right to left.
+fn dense_hadamard(x: &mut [f32], negate: &[bool]) {
+    let mut start = 0;
+    while start < x.len() {
+        let b = 1 << (x.len() - start).ilog2();
+        let signed: Vec<f32> = (start..start + b)
+            .map(|j| if negate[j] { -x[j] } else { x[j] } / (b as f32).sqrt())
+            .collect();
+        for i in 0..b {
+            let sign = |j: usize| if (i & j).count_ones() % 2 == 1 { -1.0 } else { 1.0 };
+            x[start + i] = (0..b).rev().map(|j| sign(j) * signed[j]).sum();
+        }
+        start += b;
+    }
+}
+
+/// Every term of the equation, in another order than the reference's. `skip` leaves a part out.
+fn terms(layer: &QLinear, x: MatRef<'_, f32>, y: MatMut<'_, f32>, skip: u8) -> Result<()> {
+    let mut t = Mat::from_fn(x.rows(), x.cols(), |r, c| x.row(r).unwrap()[c]);
+    for row in t.as_mut().iter_rows_mut() {
+        let mut spare = vec![0.0; row.len()];
+        for transform in layer.transforms().iter().filter(|_| skip != 1) {
+            match transform {
+                Transform::Hadamard { negate } => dense_hadamard(row, negate),
+                other => other.apply(row, &mut spare)?,
+            }
+        }
+    }
+    let k = x.cols();
+    let outliers = layer.outliers().filter(|_| skip != 2);
+    let is_outlier =
+        |at: usize| outliers.is_some_and(|outliers| outliers.contains(at % k, t.data()[at]));
+    let rest =
+        Mat::from_fn(
+            x.rows(),
+            k,
+            |r, c| {
+                if is_outlier(r * k + c) { 0.0 } else { t.data()[r * k + c] }
+            },
+        );
+    let rest = input(layer, rest.as_ref())?;
+    let w = layer.weight().dequantize();
+    let row = std::cell::Cell::new(0);
+    each_row(x, y, |x, y| {
+        let r = row.replace(row.get() + 1);
+        for (i, y) in y.iter_mut().enumerate() {
+            let mut sum = 0.0;
+            if let Some(adapter) = layer.adapter().filter(|_| skip != 3) {
+                let b = adapter.b().as_ref().row(i).unwrap();
+                for (a, b) in adapter.a().as_ref().iter_rows().zip(b) {
+                    sum += a.iter().zip(x).map(|(a, x)| a * b * x).sum::<f32>();
+                }
+            }
+            for j in (0..k).rev() {
+                let dense = w.data()[i * k + j];
+                let own = match outliers {
+                    Some(Outliers::Columns(known)) if is_outlier(r * k + j) => {
+                        let at = known.columns().binary_search(&j).unwrap();
+                        known.weight().data()[at * layer.out_features() + i].to_f32()
+                    }
+                    _ => dense,
+                };
+                sum += dense * rest.data()[r * k + j];
+                sum += if is_outlier(r * k + j) { own * t.data()[r * k + j] } else { 0.0 };
+            }
+            if let Some(Outliers::Sparse(sparse)) = outliers {
+                sum += sparse.row(i).map(|(j, v)| v * t.data()[r * k + j]).sum::<f32>();
+            }
+            *y = sum + bias(layer, i);
+        }
+    })
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(2048))]
+
+    #[test]
+    fn kernels_with_other_orders_of_all_terms_pass(
+        problem in strategies::linear_problems(0..=3, 0..=6, 0..=90), parts in 0..64_u8,
+    ) {
+        let problem = with_terms(&problem, parts);
+        problem.check(Promise::Bits, |layer, x, y| layer.forward(x, y, &mut Context::new()))?;
+        problem.check(Promise::Rounding, |layer, x, y| terms(layer, x, y, 0))?;
+    }
+}
+
+#[test]
+fn kernels_that_leave_a_term_out_are_found() {
+    for (skip, parts) in [(1, 1), (1, 2), (1, 4), (2, 8), (2, 16), (3, 32), (3, 39), (2, 12)] {
+        let failures = LinearProblem::adversarial()
+            .filter(|problem| problem.layer().activation().is_none())
+            .map(|problem| with_terms(&problem, parts))
+            .filter(|problem| {
+                problem.check(Promise::Rounding, |layer, x, y| terms(layer, x, y, skip)).is_err()
+            });
+        assert!(failures.count() > 50, "without term {skip} of {parts}");
+    }
+}
+
+/// Offsets of 0 times a sum of x that overflows: no kernel has to give the reference's number.
+#[test]
+fn nothing_is_checked_where_a_sum_of_inputs_overflows() {
+    let scheme = QuantScheme {
+        zero: lowbit_core::ZeroFormat::Offset(lowbit_core::ScaleFormat::F32),
+        ..QuantScheme::affine(4, Granularity::PerChannel)
+    };
+    let q = QMatrix::quantize(Mat::zeros(1, 3).as_ref(), scheme).unwrap();
+    let x = Mat::from_fn(1, 3, |_, _| f32::MAX);
+    let problem = LinearProblem::new(QLinear::new(q), x).unwrap();
+    problem.check(Promise::Rounding, expanded).unwrap();
 }
 
 /// A defect in a kernel for quantized weights, by what it does to the layer or to the result.

@@ -49,6 +49,13 @@ impl<S: AsRef<[u8]>> TensorSource for Safetensors<S> {
         self.tensors.iter().map(|(name, _)| name.as_str()).collect()
     }
 
+    fn names_under(&self, layer: &str) -> Vec<&str> {
+        let prefix = format!("{layer}.");
+        let start = self.tensors.partition_point(|(name, _)| *name < prefix);
+        let behind = self.tensors[start..].iter().map(|(name, _)| name.as_str());
+        behind.take_while(|name| name.starts_with(&prefix)).collect()
+    }
+
     fn tensor(&self, name: &str) -> Result<TensorView<'_>> {
         let missing = || Error::Missing { file: self.file.clone(), tensor: name.into() };
         let found = self.tensors.binary_search_by(|(n, _)| n.as_str().cmp(name));

@@ -191,7 +191,7 @@ proptest! {
         check(layer.with_activation(Some(batch)), x);
     }
 
-    /// The same bits with int8 activations; with f32 ones a sum of so few products is within 1e-4.
+    /// The same bits with int8 activations, within the computed bound with f32 ones.
     #[test]
     fn every_term_of_the_layer_is_computed_as_the_reference_does(
         (m, n, k) in (0..5_usize, 0..70_usize, 0..90_usize),
@@ -224,16 +224,69 @@ proptest! {
             .and_then(|layer| layer.with_adapter(Some(adapter.unwrap())))
             .unwrap();
         check(layer.clone(), x.clone());
+        check(layer.with_activation(None), x);
+    }
 
-        let layer = layer.with_activation(None);
-        let (mut expected, mut y) = (Mat::zeros(m, n), Mat::zeros(m, n));
+    /// Rule 4 of docs/numerics.md, also where weights are small beside what they are the difference of.
+    #[test]
+    fn f32_products_are_within_the_documented_bound(
+        (m, n, k) in (1..4_usize, 1..40_usize, 1..150_usize),
+        scheme in scheme(),
+        family in prop::sample::select(vec![
+            Family::Normal, Family::Positive, Family::Negative, Family::Constant, Family::Mixed,
+        ]),
+        bias in any::<bool>(),
+        seed in any::<u64>(),
+    ) {
+        let (w, x) = (family.matrix(n, k, seed), family.matrix(m, k, seed ^ 1));
+        let q = QMatrix::quantize(w.as_ref(), scheme);
+        prop_assume!(q.is_ok());
+        let bias = bias.then(|| Family::Normal.matrix(1, n, seed).data().to_vec());
+        let layer = QLinear::new(q.unwrap()).with_bias(bias).unwrap();
+        let mut expected = Mat::zeros(m, n);
         layer.forward(x.as_ref(), expected.as_mut(), &mut Context::new()).unwrap();
-        let packed = PackedLinear::new(&layer).unwrap();
-        packed.forward(x.as_ref(), y.as_mut(), &mut Context::new()).unwrap();
-        for (y, expected) in y.data().iter().zip(expected.data()) {
-            prop_assert!((y - expected).abs() < 1e-4 * (1.0 + expected.abs()), "{} {}", y, expected);
+        let bound = documented_bound(&layer, &x);
+        for kernel in kernels() {
+            let mut y = Mat::zeros(m, n);
+            let packed = PackedLinear::with_kernel(&layer, kernel).unwrap();
+            packed.forward(x.as_ref(), y.as_mut(), &mut Context::new()).unwrap();
+            for ((y, expected), bound) in y.data().iter().zip(expected.data()).zip(bound.data()) {
+                let error = (f64::from(*y) - f64::from(*expected)).abs();
+                prop_assert!(error <= *bound, "{} {} for {}: {}", kernel, y, expected, bound);
+            }
         }
     }
+}
+
+/// `γ · (Σ_j size_j·|x_j| + |bias|)`, where size is `|scale·level| + |offset|` beside offsets and real
+/// zeros, otherwise |w|.
+fn documented_bound(layer: &QLinear, x: &Mat<f32>) -> Mat<f64> {
+    let weight = layer.weight();
+    let ((n, k), (block_rows, block_cols)) = ((weight.rows(), weight.cols()), weight.block());
+    let c = (2 * k + k.div_ceil(block_cols) + 4) as f64;
+    let u = 0.5_f64.powi(24);
+    let gamma = c * u / (1.0 - c * u);
+    let real_zeros = matches!(weight.scheme().zero, ZeroFormat::Real(_) | ZeroFormat::Offset(_));
+    let mut codes = vec![0; k];
+    let mut sizes = Mat::zeros(n, k);
+    for (i, row) in sizes.as_mut().iter_rows_mut().enumerate() {
+        weight.unpack_row(i, &mut codes).unwrap();
+        for (j, size) in row.iter_mut().enumerate() {
+            let p = weight.params(i / block_rows, j / block_cols);
+            let [scale, zero, offset] = [p.scale, p.zero, p.offset].map(f64::from);
+            let level = f64::from(weight.scheme().dtype.level(codes[j]));
+            *size = match real_zeros {
+                true => (scale * level).abs() + (scale * zero).abs() + offset.abs(),
+                false => (scale * (level - zero)).abs(),
+            };
+        }
+    }
+    Mat::from_fn(x.rows(), n, |t, i| {
+        let products =
+            (0..k).map(|j| sizes.data()[i * k + j] * f64::from(x.data()[t * k + j].abs()));
+        let bias = layer.bias().map_or(0.0, |bias| f64::from(bias[i].abs()));
+        gamma * (products.sum::<f64>() + bias)
+    })
 }
 
 proptest! {

@@ -105,6 +105,14 @@ pub(crate) struct Description {
     pub(crate) json: Json,
 }
 
+/// What the metadata say under a key, and config.json in a field.
+struct Fact {
+    field: &'static str,
+    key: String,
+    expected: String,
+    got: String,
+}
+
 impl Description {
     /// # Errors
     /// [`Error::File`] naming the key that is missing, contradictory or not known, with its value.
@@ -179,101 +187,119 @@ impl Description {
         json: &Json,
         config: &Config,
     ) -> Result<()> {
-        let wrong = |field, key: &str, expected: String, got: String| Error::Config {
+        let facts = self.facts(json, config);
+        let mut differing = facts.into_iter().find(|fact| fact.expected != fact.got);
+        // A head that is a copy of the embedding agrees with a config.json that has none.
+        let head = |fact: &Fact| fact.field == "tie_word_embeddings" && fact.got == "true";
+        if differing.as_ref().is_some_and(head) && head_is_embedding(files)? {
+            differing = None;
+        }
+        let Some(Fact { field, key, expected, got }) = differing.or_else(|| self.rope(config))
+        else {
+            return Ok(());
+        };
+        Err(Error::Config {
             file: file.into(),
             field,
             expected: format!("{expected}, by {key} of {}", files.file()),
             got: format!("{got}: mend it, or move it away to go by the GGUF file alone"),
-        };
+        })
+    }
+
+    /// What both say of themselves, but for rotary frequencies; the head last.
+    fn facts(&self, json: &Json, c: &Config) -> Vec<Fact> {
+        fn fact<T: ToString>(field: &'static str, key: impl Into<String>, m: T, c: T) -> Fact {
+            Fact { field, key: key.into(), expected: m.to_string(), got: c.to_string() }
+        }
+        let m = &self.config;
         let name = self.architecture.name();
-        let qwen2 = json["architectures"][0] == "Qwen2ForCausalLM";
-        if qwen2 != (self.architecture == Architecture::Qwen2) {
-            let expected = format!("an architecture that is {name} in GGUF");
-            let got = json["architectures"].to_string();
-            return Err(wrong("architectures", "general.architecture", expected, got));
-        }
-        if !json["quantization_config"].is_null() {
-            let (expected, got) =
-                ("null or nothing".into(), json["quantization_config"].to_string());
-            return Err(wrong("quantization_config", "the tensors", expected, got));
-        }
-        let (m, c) = (&self.config, config);
-        let sizes = [
-            ("hidden_size", "embedding_length", m.hidden_size, c.hidden_size),
-            ("intermediate_size", "feed_forward_length", m.intermediate_size, c.intermediate_size),
-            ("num_hidden_layers", "block_count", m.num_hidden_layers, c.num_hidden_layers),
-            (
+        let key = |key: &str| format!("{name}.{key}");
+        let bias = |layer: &str| format!("blk.0.{layer}.bias");
+        let token = |token: Option<u32>| token.map_or("none".into(), |token| token.to_string());
+        let is_qwen2 = match &json["architectures"] {
+            Json::Null => json["model_type"] == "qwen2",
+            classes => classes[0] == "Qwen2ForCausalLM",
+        };
+        let architecture = if is_qwen2 { Architecture::Qwen2 } else { Architecture::Llama };
+        // Which of several, config.json does not say.
+        let eos = m.eos_token_id.first().copied();
+        let c_eos =
+            eos.filter(|eos| c.eos_token_id.contains(eos)).or(c.eos_token_id.first().copied());
+        let quantization = &json["quantization_config"];
+        vec![
+            fact("architectures", "general.architecture", name, architecture.name()),
+            fact("quantization_config", "the tensors", &Json::Null, quantization),
+            fact("hidden_size", key("embedding_length"), m.hidden_size, c.hidden_size),
+            fact(
+                "intermediate_size",
+                key("feed_forward_length"),
+                m.intermediate_size,
+                c.intermediate_size,
+            ),
+            fact("num_hidden_layers", key("block_count"), m.num_hidden_layers, c.num_hidden_layers),
+            fact(
                 "num_attention_heads",
-                "attention.head_count",
+                key("attention.head_count"),
                 m.num_attention_heads,
                 c.num_attention_heads,
             ),
-            (
+            fact(
                 "num_key_value_heads",
-                "attention.head_count_kv",
+                key("attention.head_count_kv"),
                 m.num_key_value_heads,
                 c.num_key_value_heads,
             ),
-            ("head_dim", "attention.key_length", m.head_dim, c.head_dim),
-            ("vocab_size", "vocab_size", m.vocab_size, c.vocab_size),
-            (
+            fact("head_dim", key("attention.key_length"), m.head_dim, c.head_dim),
+            fact("vocab_size", key("vocab_size"), m.vocab_size, c.vocab_size),
+            fact(
                 "max_position_embeddings",
-                "context_length",
+                key("context_length"),
                 m.max_position_embeddings,
                 c.max_position_embeddings,
             ),
-        ];
-        for (field, key, m, c) in sizes {
-            if m != c {
-                return Err(wrong(field, &format!("{name}.{key}"), m.to_string(), c.to_string()));
-            }
-        }
-        let eps = (m.rms_norm_eps, c.rms_norm_eps);
-        if eps.0 != eps.1 {
-            let key = format!("{name}.attention.layer_norm_rms_epsilon");
-            return Err(wrong("rms_norm_eps", &key, eps.0.to_string(), eps.1.to_string()));
-        }
-        // Rotary frequencies may be stretched by a rule there and by numbers here.
-        let (here, there) = (Rope::new(m), Rope::new(c));
-        let here = here.frequencies.iter().chain([&here.scale]);
-        let there = there.frequencies.iter().chain([&there.scale]);
-        if let Some((m, c)) = here.zip(there).find(|(m, c)| (*m - *c).abs() > 1e-5 * c.abs()) {
-            let (expected, got) = (format!("rotary frequencies with {m}"), format!("{c}"));
-            let key = format!("{name}.rope.freq_base, {name}.rope.scaling and {ROPE_FACTORS}");
-            return Err(wrong("rope_theta and rope_scaling", &key, expected, got));
-        }
-        for (field, key, m, c) in [
-            ("attention_bias", "attn_q.bias", m.qkv_bias, c.qkv_bias),
-            ("attention_bias", "attn_output.bias", m.o_bias, c.o_bias),
-            ("mlp_bias", "ffn_gate.bias", m.mlp_bias, c.mlp_bias),
-        ] {
-            if m != c {
-                let key = format!("blk.0.{key}");
-                return Err(wrong(field, &key, m.to_string(), c.to_string()));
-            }
-        }
-        if m.tie_word_embeddings != c.tie_word_embeddings
-            && !(c.tie_word_embeddings && head_is_embedding(files)?)
-        {
-            let (m, c) = (m.tie_word_embeddings.to_string(), c.tie_word_embeddings.to_string());
-            return Err(wrong("tie_word_embeddings", "output.weight", m, c));
-        }
-        let text = |id: Option<u32>| id.map_or("none".into(), |id| id.to_string());
-        if let (Some(m), c) = (m.bos_token_id, c.bos_token_id)
-            && c != Some(m)
-        {
-            return Err(wrong(
+            fact(
+                "rms_norm_eps",
+                key("attention.layer_norm_rms_epsilon"),
+                m.rms_norm_eps,
+                c.rms_norm_eps,
+            ),
+            fact("attention_bias", bias("attn_q"), m.qkv_bias, c.qkv_bias),
+            fact("attention_bias", bias("attn_output"), m.o_bias, c.o_bias),
+            fact("mlp_bias", bias("ffn_gate"), m.mlp_bias, c.mlp_bias),
+            fact(
                 "bos_token_id",
                 "tokenizer.ggml.bos_token_id",
-                m.to_string(),
-                text(c),
-            ));
-        }
-        if let Some(m) = m.eos_token_id.first().filter(|m| !c.eos_token_id.contains(m)) {
-            let got = json["eos_token_id"].to_string();
-            return Err(wrong("eos_token_id", "tokenizer.ggml.eos_token_id", m.to_string(), got));
-        }
-        Ok(())
+                token(m.bos_token_id),
+                token(c.bos_token_id.filter(|_| m.bos_token_id.is_some())),
+            ),
+            fact(
+                "eos_token_id",
+                "tokenizer.ggml.eos_token_id",
+                token(eos),
+                token(c_eos.filter(|_| eos.is_some())),
+            ),
+            fact(
+                "tie_word_embeddings",
+                "output.weight",
+                m.tie_word_embeddings,
+                c.tie_word_embeddings,
+            ),
+        ]
+    }
+
+    /// Where rotary frequencies differ: they may be stretched by a rule there and by numbers here.
+    fn rope(&self, config: &Config) -> Option<Fact> {
+        let (here, there) = (Rope::new(&self.config), Rope::new(config));
+        let here = here.frequencies.iter().chain([&here.scale]);
+        let there = there.frequencies.iter().chain([&there.scale]);
+        let (m, c) = here.zip(there).find(|(m, c)| (*m - *c).abs() > 1e-5 * c.abs())?;
+        let name = self.architecture.name();
+        Some(Fact {
+            field: "rope_theta and rope_scaling",
+            key: format!("{name}.rope.freq_base, {name}.rope.scaling and {ROPE_FACTORS}"),
+            expected: format!("rotary frequencies with {m}"),
+            got: c.to_string(),
+        })
     }
 
     /// What a config.json says of the model, to be written.

@@ -387,7 +387,7 @@ impl Writer<'_> {
             _ => {}
         }
         if !names.is_empty() {
-            let names = Array::strings(names.into_iter());
+            let names = Array::strings(names);
             self.keys.push(("tokenizer.chat_templates".into(), Value::Array(names)));
         }
         Ok(())

@@ -72,7 +72,7 @@ mod tests;
 mod tokenizer;
 mod windows;
 
-pub use checkpoint::{Checkpoint, LinearWeights};
+pub use checkpoint::{Checkpoint, LinearWeights, quantization_config};
 pub use config::{Architecture, Config};
 pub use dense::DenseLinear;
 pub use error::Error;

@@ -203,7 +203,7 @@ impl ErrorSums {
 /// let windows = Windows::from_tokens(checkpoint.config(), "a text", "1 403 407 261 378 432")?;
 /// let (recipe, options) = (Recipe::SMOOTHQUANT, Options::default());
 /// let mut run = Quantization::new(&checkpoint, &recipe, Some(&windows), options)?;
-/// println!("{} bytes of memory", run.memory()?);
+/// println!("{} bytes of memory", run.memory(1)?);
 /// let make = |layer: &lowbit::QLinear| Ok(Arc::new(PackedLinear::new(layer)?) as _);
 /// while let Some(block) = run.next_block(&mut Context::new(), make, |_| ())? {
 ///     for (layer, report) in &block.layers {
@@ -280,12 +280,12 @@ impl<'a> Quantization<'a> {
         Ok(Self { checkpoint, recipe, options, wanted, rope, texts, key, next: 0 })
     }
 
-    /// Bytes of memory that the largest block will take, with its statistics and the streams of all texts:
-    /// an estimate from above. The mapped files, and what is done with the results, are not counted.
+    /// Bytes of memory that the largest block will take on so many threads, with its statistics and the streams
+    /// of all texts: an estimate from above. The mapped files, and what is done with the results, are not counted.
     ///
     /// # Errors
     /// [`Error::Layer`] for a scheme that is impossible.
-    pub fn memory(&self) -> Result<u64> {
+    pub fn memory(&self, threads: usize) -> Result<u64> {
         let c = self.checkpoint.config();
         let number = |x: usize| 4 * x as u64;
         let texts = || self.texts.iter().map(|text| text.tokens);
@@ -307,7 +307,7 @@ impl<'a> Quantization<'a> {
             // Loaded, transposed for the f32 block, and perhaps shifted; stored and packed.
             memory += number(n * k * (2 + usize::from(with_f32))) + 3 * plan.bytes as u64;
             // Beside what the method takes: the error of its result.
-            busiest = busiest.max(plan.memory + number(2 * n * k));
+            busiest = busiest.max(plan.memory_on(threads) + number(2 * n * k));
         }
         let mut largest = 0;
         let mut all = 0;

@@ -112,6 +112,10 @@ impl TensorSource for Tensors {
         self.source.names()
     }
 
+    fn names_under(&self, layer: &str) -> Vec<&str> {
+        self.source.names_under(layer)
+    }
+
     fn tensor(&self, name: &str) -> formats::Result<TensorView<'_>> {
         self.source.tensor(name)
     }

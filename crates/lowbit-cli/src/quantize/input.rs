@@ -38,7 +38,8 @@ impl Input {
             (Ok(checkpoint), _) => {
                 let names = checkpoint.linear_names();
                 // Blocks of ggml are how GGUF stores weights.
-                for layer in names.iter().filter(|_| !checkpoint.is_gguf()) {
+                let layers = if checkpoint.is_gguf() { &[] } else { &names[..] };
+                for layer in layers {
                     ensure!(checkpoint.quantized(layer)?.is_none(), "{name} {quantized}");
                 }
                 let blocks = checkpoint.config().num_hidden_layers.max(1);

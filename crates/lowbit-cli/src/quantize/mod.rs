@@ -19,7 +19,10 @@ use anyhow::{Context as _, Result, anyhow, bail};
 use indicatif::ProgressBar;
 use lowbit::{
     Calibration, Context, Needs, QLinear, Quantizer, Report as Decisions,
-    formats::{Dtype, Tensor, TensorSource, TensorView, conventions},
+    formats::{
+        Dtype, Tensor, TensorSource, TensorView,
+        conventions::{self, QuantizationConfig},
+    },
 };
 use lowbit_lm::{
     Finished, LinearWeights, Tensors, Unpacked, Windows, is_gguf,
@@ -220,7 +223,7 @@ impl Run<'_> {
             None => None,
         };
         let memory = match &calibrated {
-            Some(run) => run.memory()?,
+            Some(run) => run.memory(ctx.threads())?,
             None => streaming_memory(input, scheme, ctx.threads())?,
         };
         let blocks = input.blocks();
@@ -280,8 +283,8 @@ impl Run<'_> {
         let mut files = Vec::new();
         for entry in fs::read_dir(folder)? {
             let entry = entry?;
-            let name = entry.file_name();
-            if file.as_ref().is_some_and(|file| !belongs_to(file, &name.to_string_lossy())) {
+            let name = entry.file_name().to_string_lossy().into_owned();
+            if file.as_ref().is_some_and(|file| !belongs_to(file, &name)) {
                 continue;
             }
             // Of what a link leads to: caches of models are full of them.
@@ -290,7 +293,6 @@ impl Run<'_> {
                 continue;
             }
             let modified = data.modified()?.duration_since(std::time::UNIX_EPOCH);
-            let name = entry.file_name().to_string_lossy().into_owned();
             files.push((name, data.len(), modified.map_or(0, |time| time.as_secs())));
         }
         files.sort();
@@ -416,14 +418,18 @@ fn same_numbers(a: &TensorView<'_>, b: &TensorView<'_>) -> bool {
     if a.dtype == b.dtype {
         return a.bytes == b.bytes;
     }
-    let (Some((1, size_a)), Some((1, size_b))) = (a.dtype.block(), b.dtype.block()) else {
-        return false;
+    // Blocks of ggml are of up to 256 numbers.
+    let bytes =
+        |view: &TensorView<'_>| view.dtype.block().map(|(numbers, size)| NUMBERS / numbers * size);
+    let (Some(step_a), Some(step_b)) = (bytes(a), bytes(b)) else { return false };
+    let f32 = |view: &TensorView<'_>, bytes: &[u8]| {
+        let shape = [bytes.len() / view.dtype.block()?.1 * view.dtype.block()?.0];
+        TensorView { bytes, shape: &shape, ..*view }.to_f32().ok()
     };
-    let f32 = |view: &TensorView<'_>, bytes| TensorView { bytes, ..*view }.to_f32().ok();
-    a.bytes.len() / size_a == b.bytes.len() / size_b
+    a.shape == b.shape
         && a.bytes
-            .chunks(NUMBERS * size_a)
-            .zip(b.bytes.chunks(NUMBERS * size_b))
+            .chunks(step_a)
+            .zip(b.bytes.chunks(step_b))
             .all(|(x, y)| f32(a, x).is_some_and(|x| Some(x) == f32(b, y)))
 }
 
@@ -590,8 +596,11 @@ fn store_layer(
     }
     // What the files say to whoever reads them, not what was meant to be written.
     let config = convention.config(&layer);
-    let reader = config.as_ref().map(conventions::from_config).transpose()?;
-    let back = reader.as_ref().unwrap_or(&convention).read(&tensors, &name)?;
+    let reader = config.as_ref().map(QuantizationConfig::parse).transpose()?.unwrap_or_default();
+    let back = match reader.read(&tensors, &name)? {
+        Some(back) => back.layer,
+        None => convention.read(&tensors, &name)?,
+    };
     if back.weight() != layer.weight() || back.transforms() != layer.transforms() {
         let (meant, read) = (layer.effective_weight()?, back.effective_weight()?);
         let difference = |(a, b): (&f32, &f32)| (a - b).abs();

@@ -21,7 +21,7 @@
 
 use std::{
     fs::{self, File, TryLockError},
-    io::{BufWriter, Read as _, Write},
+    io::{BufWriter, Read as _, Seek as _, Write},
     path::{Path, PathBuf},
 };
 
@@ -89,6 +89,7 @@ impl Stage {
             Err(_) if stage.parts() == 0 => {
                 let written = file
                     .set_len(0)
+                    .and_then(|()| file.rewind())
                     .and_then(|()| file.write_all(job.to_string().as_bytes()))
                     .and_then(|()| file.sync_all());
                 written.with_context(|| format!("cannot write in {name}"))?;

@@ -31,9 +31,9 @@ use alloc::{string::ToString, vec, vec::Vec};
 use lowbit_dtypes::bf16;
 
 use crate::{
-    ActivationScheme, ActivationType, Division, Error, Fit, Mat, MatRef, QActivations, QLinear,
-    QuantScheme, QuantType, Range, Result, Rounding, ScaleFormat, SymmetricScale, ZeroFormat,
-    fit::F16_ZERO, range,
+    ActivationScheme, ActivationType, Division, Error, Fit, Mat, MatRef, Outliers, QActivations,
+    QLinear, QuantScheme, QuantType, Range, Result, Rounding, ScaleFormat, SymmetricScale,
+    Transform, ZeroFormat, fit::F16_ZERO, range,
 };
 
 /// Half the distance from 1 to the next f32.
@@ -102,11 +102,23 @@ pub fn product(x: MatRef<'_, f32>, w: MatRef<'_, f32>) -> Result<Mat<f64>> {
 /// dequantized on the fly or before, the scales multiplied in early or late, zeros subtracted from codes
 /// or times sums of x, summed in any order.
 ///
-/// With `x̂ = x`, or the activations as the layer quantizes them, that is
-/// `γ_c · (Σ_j (|scale|·(code_j + |zero|) + |offset|)·|x̂_j| + |bias|)` and `c = 3k + 10`. The sum is that of
-/// the sizes of everything that may be added up separately: codes, zeros and offsets, each with its own
-/// rounding (3k additions), three roundings on the way from a code to a weight, two for scales, and what
-/// the reference rounds itself.
+/// With `x̂ = T(x)`, or that as the layer quantizes it, and S and B·A the layer's single weights and adapter, that is
+///
+/// ```text
+/// γ_c · (Σ_j (|scale|·(code_j + |zero|) + |offset|)·|x̂_j| + Σ_j |S_j|·|T(x)_j| + Σ_r |B_r|·Σ_j |A_rj|·|x_j| + |bias|)
+///     + Σ_j |w_j|·|Δx̂_j| + Σ_j |S_j|·|ΔT(x)_j|
+/// ```
+///
+/// The first sum is that of the sizes of everything that may be added up separately: codes, zeros and
+/// offsets, each with its own rounding (3k additions), three roundings on the way from a code to a weight,
+/// two for scales, and what the reference rounds itself: `c = 3k + 10`. Known outlier features count with
+/// their own weights, and outliers as they are, not quantized. c grows by 2 for each term that is added to
+/// y separately, and by k + 2r + 4 for an adapter of rank r.
+///
+/// `ΔT(x)` is what another order of operations may change in a scaled or rotated input: in a Hadamard
+/// block of b features `2·γ·Σ|x| / √b`, with b roundings and log₂ b + 4 more. Where such an input is then
+/// quantized, `Δx̂` has the largest of these and two steps of its scale on top, since codes and scales may
+/// be others. Without a transform but permutations both are 0.
 ///
 /// Beside bfloat16 activations, levels of a table may be rounded to bfloat16, which adds `2^−8` times the
 /// sum, and numbers below 2^−126 may count as 0.
@@ -116,31 +128,106 @@ pub fn product(x: MatRef<'_, f32>, w: MatRef<'_, f32>) -> Result<Mat<f64>> {
 pub fn linear(layer: &QLinear, x: MatRef<'_, f32>) -> Result<Mat<f64>> {
     let sizes = Sizes::of(layer)?;
     check_input(layer, x)?;
-    match layer.activation() {
-        None => {
-            let x = Mat::from_fn(x.rows(), x.cols(), |r, c| {
-                let x = x.get(r, c).map_or(0.0, |&x| f64::from(x).abs());
-                Size { code: x, real: x }
-            });
-            Ok(sizes.linear(layer, &x, Rest::F32))
-        }
-        Some(scheme) => {
-            let a = QActivations::quantize(x, scheme)?;
-            let back = a.dequantize();
-            let x = Mat::from_fn(x.rows(), x.cols(), |r, c| {
+    let (t, error) = transformed(layer, x)?;
+    let (m, k) = x.shape();
+    let at = |r: usize, c: usize| r * k + c;
+    let size = |r: usize, c: usize| f64::from(t.data()[at(r, c)]).abs();
+    let is_outlier = |r: usize, c: usize| {
+        layer.outliers().is_some_and(|outliers| outliers.contains(c, t.data()[at(r, c)]))
+    };
+    let mut x_sizes = Mat::from_fn(m, k, |r, c| Size::plain(size(r, c) + error.data()[at(r, c)]));
+    let mut moved = error.clone();
+    let mut rest = Rest::F32;
+    if let Some(scheme) = layer.activation() {
+        let quantized = Mat::from_fn(m, k, |r, c| {
+            let x = t.data()[at(r, c)];
+            if x.is_finite() && is_outlier(r, c) { 0.0 } else { x }
+        });
+        let a = QActivations::quantize(quantized.as_ref(), scheme)?;
+        let back = a.dequantize();
+        let largest = error.data().iter().fold(0.0, |max: f64, e| max.max(*e));
+        for r in 0..m {
+            for c in (0..k).filter(|&c| !is_outlier(r, c)) {
                 let params = a.params(r, c / a.group_size());
                 let (scale, zero) = (f64::from(params.scale), f64::from(params.zero));
+                let real = f64::from(back.data()[at(r, c)]).abs();
+                if largest > 0.0 {
+                    moved.data_mut()[at(r, c)] += largest + 2.1 * step(scheme, scale, real);
+                }
                 // |code| + |zero|, from |code − zero|.
-                let code = f64::from(back.data()[r * x.cols() + c]).abs() / scale + 2.0 * zero;
-                Size { code, real: code * scale }
-            });
-            let rest = match scheme.dtype {
-                ActivationType::Bf16 => Rest::bf16(layer.weight().scheme().dtype),
-                _ => Rest::F32,
-            };
-            Ok(sizes.linear(layer, &x, rest))
+                let code = (real + moved.data()[at(r, c)]) / scale + 2.0 * zero;
+                x_sizes.data_mut()[at(r, c)] = Size { code, real: code * scale };
+            }
+        }
+        if scheme.dtype == ActivationType::Bf16 {
+            rest = Rest::bf16(layer.weight().scheme().dtype);
         }
     }
+    if let Some(Outliers::Threshold(threshold)) = layer.outliers() {
+        // An input that another order of operations moves over the threshold.
+        for (i, error) in error.data().iter().enumerate().filter(|(_, error)| **error > 0.0) {
+            let size = f64::from(t.data()[i]).abs();
+            if (size - f64::from(*threshold)).abs() <= *error {
+                moved.data_mut()[i] = f64::INFINITY;
+            }
+        }
+    }
+    let t = Mat::from_fn(m, k, &size);
+    Ok(sizes.linear(layer, &Inputs { x, sizes: x_sizes, moved, t, t_moved: error }, rest))
+}
+
+/// The distance of two neighbours in what a number of this size is quantized to.
+fn step(scheme: ActivationScheme, scale: f64, size: f64) -> f64 {
+    match scheme.dtype {
+        ActivationType::Bf16 => size / 128.0,
+        ActivationType::Float(format) => {
+            let fraction = 1 << format.fraction_bits();
+            size / f64::from(fraction) + scale * f64::from(format.min_positive_subnormal())
+        }
+        _ => scale,
+    }
+}
+
+/// `T(x)` as the layer computes it, and how far that may be from what another order of operations gives.
+fn transformed(layer: &QLinear, x: MatRef<'_, f32>) -> Result<(Mat<f32>, Mat<f64>)> {
+    let (m, k) = x.shape();
+    let mut t = Mat::from_fn(m, k, |r, c| x.get(r, c).copied().unwrap_or_default());
+    let mut errors = Mat::zeros(m, k);
+    let mut spare = vec![0.0; k];
+    for (t, error) in t.as_mut().iter_rows_mut().zip(errors.as_mut().iter_rows_mut()) {
+        for transform in layer.transforms() {
+            let sizes: Vec<f64> =
+                t.iter().zip(&*error).map(|(t, e)| f64::from(*t).abs() + e).collect();
+            transform.apply(t, &mut spare)?;
+            match transform {
+                Transform::Scale(scales) => {
+                    for ((error, s), size) in error.iter_mut().zip(scales).zip(&sizes) {
+                        let s = f64::from(*s).abs();
+                        *error = s * *error + 3.0 * U * s * size + 2.0 * TINY;
+                    }
+                }
+                Transform::Permute(places) => {
+                    let before = error.to_vec();
+                    error.iter_mut().zip(places).for_each(|(e, &p)| *e = before[p as usize]);
+                }
+                Transform::Hadamard { .. } => {
+                    let mut start = 0;
+                    while start < k {
+                        let log = (k - start).ilog2();
+                        let block = start..start + (1 << log);
+                        let root = libm::sqrt(block.len() as f64);
+                        let sum = |x: &[f64]| x[block.clone()].iter().sum::<f64>() / root;
+                        let gamma = 2.0 * gamma(block.len() + log as usize + 4);
+                        let lost = 4.0 * block.len() as f64 * TINY;
+                        let moved = sum(error) + gamma * sum(&sizes) + lost;
+                        error[block.clone()].fill(moved);
+                        start = block.end;
+                    }
+                }
+            }
+        }
+    }
+    Ok((t, errors))
 }
 
 /// What arithmetic loses beside rounding sums.
@@ -168,8 +255,8 @@ impl Rest {
 /// How far a kernel that quantizes its input to int8 for each token can be from the same layer with f32
 /// activations, `(m, out_features)`.
 ///
-/// With `s = max|x| / 127`, every x moves by at most `e = s/2` (a little more, since s and `x / s` are rounded),
-/// and so y by `Σ_j |w_j|·e`. To that comes [`linear`] for inputs that are larger by e.
+/// With `s = max|T(x)| / 127`, every input moves by at most `e = s/2` (a little more, since s and `x / s` are
+/// rounded), and so y by `Σ_j (|w_j| + |S_j|)·e`. To that comes [`linear`] for inputs that are larger by e.
 ///
 /// The layer's own activation scheme does not matter here. Kernels with larger steps (uint8 with a
 /// zero-point has `s/2` more) or fewer tokens to a scale are outside.
@@ -181,25 +268,22 @@ pub fn int8_activations(layer: &QLinear, x: MatRef<'_, f32>) -> Result<Mat<f64>>
     check_input(layer, x)?;
     // Refuses what is not finite.
     QActivations::quantize(x, ActivationScheme::INT8_PER_TOKEN)?;
+    let (t, mut moved) = transformed(layer, x)?;
     let k = x.cols();
-    let e: Vec<f64> = x
-        .iter_rows()
-        .map(|x| {
-            let max = x.iter().fold(0.0, |max: f32, x| max.max(x.abs()));
-            // Where s is subnormal it is rounded by up to 2^−150, and 127 times that moves.
-            f64::from(max) * (0.5 / 127.0 + 8.0 * U) + 128.0 * TINY
-        })
-        .collect();
-    let larger = Mat::from_fn(x.rows(), k, |r, c| {
-        let x = x.get(r, c).map_or(0.0, |&x| f64::from(x).abs()) + e[r];
-        Size { code: x.max(127.0), real: x }
+    for (t, moved) in t.as_ref().iter_rows().zip(moved.as_mut().iter_rows_mut()) {
+        let largest = |max: f64, (t, e): (&f32, &f64)| max.max(f64::from(*t).abs() + e);
+        let max = t.iter().zip(&*moved).fold(0.0, largest);
+        // Where s is subnormal it is rounded by up to 2^−150, and 127 times that moves.
+        let e = max * (0.5 / 127.0 + 8.0 * U) + 128.0 * TINY;
+        moved.iter_mut().for_each(|moved| *moved += e);
+    }
+    let x_sizes = Mat::from_fn(x.rows(), k, |r, c| {
+        let real = f64::from(t.data()[r * k + c]).abs() + moved.data()[r * k + c];
+        Size { code: real.max(127.0), real }
     });
-    let rounding = sizes.linear(layer, &larger, Rest::F32);
-    let w = layer.weight().dequantize();
-    Ok(Mat::from_fn(x.rows(), layer.weight().rows(), |r, i| {
-        let w: f64 = w.data()[i * k..][..k].iter().map(|&w| f64::from(w).abs()).sum();
-        w * e[r] + rounding.data()[r * layer.weight().rows() + i]
-    }))
+    let t = Mat::from_fn(x.rows(), k, |r, c| f64::from(t.data()[r * k + c]).abs());
+    let t_moved = moved.clone();
+    Ok(sizes.linear(layer, &Inputs { x, sizes: x_sizes, moved, t, t_moved }, Rest::F32))
 }
 
 /// `|code| + |zero|`, and the same times the scale.
@@ -209,16 +293,41 @@ struct Size {
     real: f64,
 }
 
-/// The sizes of a layer's weights, `(n, k)`.
-struct Sizes(Mat<Size>);
+impl Size {
+    /// Of a number without a scale.
+    fn plain(x: f64) -> Self {
+        Self { code: x, real: x }
+    }
+}
+
+/// What is known of the inputs of a layer.
+struct Inputs<'a> {
+    /// As they come.
+    x: MatRef<'a, f32>,
+    /// Of what the quantized weights are multiplied by, `(m, k)`.
+    sizes: Mat<Size>,
+    /// How far a kernel's may be from these.
+    moved: Mat<f64>,
+    /// `|T(x)|`, and how far a kernel's may be from it.
+    t: Mat<f64>,
+    t_moved: Mat<f64>,
+}
+
+/// The weights of a layer, `(n, k)`: sizes, and magnitudes.
+struct Sizes {
+    parts: Mat<Size>,
+    weights: Mat<f32>,
+    /// Are sums of x multiplied by zeros or offsets?
+    sums: bool,
+}
 
 impl Sizes {
     fn of(layer: &QLinear) -> Result<Self> {
         let weight = layer.weight();
         let (block_rows, block_cols) = weight.block();
-        let mut sizes = Mat::zeros(weight.rows(), weight.cols());
+        let mut parts = Mat::zeros(weight.rows(), weight.cols());
         let mut codes = vec![0; weight.cols()];
-        for (r, row) in sizes.as_mut().iter_rows_mut().enumerate() {
+        for (r, row) in parts.as_mut().iter_rows_mut().enumerate() {
             weight.unpack_row(r, &mut codes)?;
             for (c, (size, &code)) in row.iter_mut().zip(&codes).enumerate() {
                 let params = weight.params(r / block_rows, c / block_cols);
@@ -228,24 +337,76 @@ impl Sizes {
                 *size = Size { code, real };
             }
         }
-        Ok(Self(sizes))
+        let mut weights = weight.dequantize();
+        let k = weight.cols();
+        if let Some(Outliers::Columns(known)) = layer.outliers() {
+            for (&j, column) in known.columns().iter().zip(known.weight().as_ref().iter_rows()) {
+                for (i, w) in column.iter().enumerate() {
+                    weights.data_mut()[i * k + j] = w.to_f32();
+                    parts.data_mut()[i * k + j] = Size::plain(f64::from(w.to_f32()).abs());
+                }
+            }
+        }
+        Ok(Self { parts, weights, sums: weight.scheme().zero != ZeroFormat::None })
     }
 
-    /// [`linear`] for inputs of these sizes.
-    fn linear(&self, layer: &QLinear, x: &Mat<Size>, rest: Rest) -> Mat<f64> {
-        let (n, k) = (self.0.rows(), self.0.cols());
-        let gamma = gamma(k.saturating_mul(3).saturating_add(10));
-        Mat::from_fn(x.rows(), n, |r, i| {
+    /// [`linear`] for these inputs.
+    fn linear(&self, layer: &QLinear, inputs: &Inputs<'_>, rest: Rest) -> Mat<f64> {
+        let (n, k) = (self.parts.rows(), self.parts.cols());
+        let sparse = match layer.outliers() {
+            Some(Outliers::Sparse(sparse)) => Some(sparse),
+            _ => None,
+        };
+        let features = if layer.outliers().is_some() && sparse.is_none() { 2 * k + 2 } else { 0 };
+        let rank = layer.adapter().map(|adapter| adapter.a().rows());
+        let inner = layer.adapter().map(|adapter| {
+            let a = adapter.a().as_ref();
+            Mat::from_fn(inputs.x.rows(), a.rows(), |r, q| {
+                let pairs =
+                    a.row(q).into_iter().flatten().zip(inputs.x.row(r).into_iter().flatten());
+                pairs.map(|(&a, &x)| (f64::from(a) * f64::from(x)).abs() + TINY).sum::<f64>()
+            })
+        });
+        Mat::from_fn(inputs.x.rows(), n, |r, i| {
             let bias = layer.bias().map_or(0.0, |b| f64::from(b[i]).abs());
-            let (mut sum, mut largest, mut lost) = (bias, bias, 0.0);
-            for (w, x) in self.0.data()[i * k..][..k].iter().zip(&x.data()[r * k..][..k]) {
-                sum += w.real * x.real;
+            let (mut product, mut largest, mut lost, mut moved) = (0.0, bias, 0.0, 0.0);
+            for j in 0..k {
+                let (w, x) = (self.parts.data()[i * k + j], inputs.sizes.data()[r * k + j]);
+                product += w.real * x.real;
                 // Scales may come in at any time: the sums are as large with or without them.
-                largest += w.code.max(w.real) * x.code.max(x.real);
+                let alone = if self.sums { 1.0 } else { 0.0 };
+                largest += w.code.max(w.real).max(alone) * x.code.max(x.real);
                 // Any product of some of the factors may be subnormal, and the rest then multiplied.
                 lost += rest.tiny * (1.0 + w.code + w.real) * (1.0 + x.code + x.real);
+                let by = inputs.moved.data()[r * k + j];
+                if by > 0.0 {
+                    moved += f64::from(self.weights.data()[i * k + j]).abs() * by;
+                }
             }
-            checked((gamma + rest.levels) * sum + lost, largest)
+            let (mut sum, mut roundings) = (product + bias, 3 * k + 10 + features);
+            if let Some(sparse) = sparse {
+                roundings += 2 * sparse.row(i).len() + 2;
+                for (j, value) in sparse.row(i) {
+                    let value = f64::from(value).abs();
+                    sum += value * inputs.t.data()[r * k + j];
+                    moved += value * inputs.t_moved.data()[r * k + j];
+                    lost += TINY;
+                }
+            }
+            if let (Some(adapter), Some(inner), Some(rank)) = (layer.adapter(), &inner, rank) {
+                roundings += k + 2 * rank + 4;
+                let b = adapter.b().as_ref().row(i).into_iter().flatten();
+                for (b, inner) in b.zip(inner.as_ref().row(r).into_iter().flatten()) {
+                    sum += f64::from(*b).abs() * inner;
+                    lost += TINY * (1.0 + f64::from(*b).abs() * k as f64);
+                    largest += inner;
+                }
+            }
+            largest += sum + moved;
+            checked(
+                gamma(roundings) * (sum + moved) + rest.levels * product + moved + lost,
+                largest,
+            )
         })
     }
 }

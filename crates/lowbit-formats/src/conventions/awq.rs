@@ -14,10 +14,10 @@ use lowbit_dtypes::NibbleOrder;
 use serde_json::{Value, json};
 
 use super::{
-    Convention, number,
+    Convention,
     parts::{self, Layer, Writer},
 };
-use crate::{Dtype, Error, Result, Tensor, TensorSource};
+use crate::{Dtype, Result, Tensor, TensorSource};
 
 const NAME: &str = "awq";
 /// Codes in a word.
@@ -57,21 +57,6 @@ pub enum AwqVersion {
 }
 
 impl Awq {
-    pub(super) fn from_config(config: &Value) -> Result<Self> {
-        let error = |reason| Err(Error::Config { reason });
-        let version = config.get("version").and_then(Value::as_str).unwrap_or("gemm");
-        let version = match version.to_ascii_lowercase().as_str() {
-            "gemm" => AwqVersion::Gemm,
-            "gemv" => AwqVersion::Gemv,
-            _ => return error(format!("version {version:?} of awq is not supported")),
-        };
-        match number(config, &["bits", "w_bit"]) {
-            None | Some(4) => {}
-            Some(bits) => return error(format!("awq of {bits} bits, expected 4")),
-        }
-        Ok(Self { version, group_size: number(config, &["group_size", "q_group_size"]) })
-    }
-
     fn read_gemm(self, layer: Layer<'_>) -> Result<QLinear> {
         let (qweight, [k, words]) = layer.matrix("qweight", Dtype::I32)?;
         let (scales, scale_format, [groups, n]) = layer.scales("scales")?;

@@ -5,6 +5,7 @@
 //! | NVFP4 of compressed-tensors | `weight_packed` | `weight_scale` F8_E4M3 (n, k/16) | divided by `weight_global_scale` F32 (1) |
 //! | NVFP4 of ModelOpt | `weight` | `weight_scale` F8_E4M3 (n, k/16) | times `weight_scale_2` F32 () |
 //! | MXFP4 of compressed-tensors | `weight_packed` | `weight_scale` U8 (n, k/32), `2^(byte − 127)` | |
+//! | MXFP4 of Quark (read only) | `weight` | `weight_scale` U8 (n, k/32), `2^(byte − 127)` | |
 //! | MXFP4 of gpt-oss | `…_blocks` (experts, n, k/32, 16) | `…_scales` U8 (experts, n, k/32) | |
 //!
 //! Inputs stay f32.
@@ -17,7 +18,7 @@ use super::{
     Convention, compressed_tensors,
     parts::{self, Layer, Writer},
 };
-use crate::{Dtype, Result, Tensor, TensorSource};
+use crate::{Dtype, Result, Tensor, TensorSource, TensorView};
 
 const E2M1: QuantType = QuantType::Float(Format::F4E2M1);
 
@@ -76,7 +77,12 @@ impl Convention for Nvfp4 {
     fn holds(&self, source: &dyn TensorSource, layer: &str) -> bool {
         let layer = Layer { source, name: layer };
         let (codes, step) = self.parts();
-        layer.has(codes) && layer.has("weight_scale") && layer.has(step)
+        let bytes = layer.find(codes).is_some_and(|codes| codes.dtype == Dtype::U8);
+        bytes && layer.has("weight_scale") && layer.has(step)
+    }
+
+    fn rounds_inputs_to_floats(&self) -> bool {
+        true
     }
 
     fn read(&self, source: &dyn TensorSource, name: &str) -> Result<QLinear> {
@@ -156,12 +162,20 @@ impl Convention for Mxfp4 {
 
     fn holds(&self, source: &dyn TensorSource, layer: &str) -> bool {
         let layer = Layer { source, name: layer };
-        layer.has("weight_packed") && layer.has("weight_scale") && !layer.has("weight_global_scale")
+        match layer.find("weight_packed") {
+            Some(_) => layer.has("weight_scale") && !layer.has("weight_global_scale"),
+            None => of_quark(layer),
+        }
+    }
+
+    fn rounds_inputs_to_floats(&self) -> bool {
+        true
     }
 
     fn read(&self, source: &dyn TensorSource, name: &str) -> Result<QLinear> {
         let layer = Layer { source, name };
-        let (codes, [n, half]) = layer.matrix("weight_packed", Dtype::U8)?;
+        let part = if layer.has("weight_packed") { "weight_packed" } else { "weight" };
+        let (codes, [n, half]) = layer.matrix(part, Dtype::U8)?;
         let scales = layer.get("weight_scale")?;
         if scales.dtype != Dtype::F8E8M0 {
             parts::expect_dtype(&scales, Dtype::U8)?;
@@ -190,6 +204,16 @@ impl Convention for Mxfp4 {
     }
 }
 
+/// Are these bytes of two codes each, 16 for a scale?
+fn of_quark(layer: Layer<'_>) -> bool {
+    let (Some(codes), Some(scales)) = (layer.find("weight"), layer.find("weight_scale")) else {
+        return false;
+    };
+    let bytes = codes.dtype == Dtype::U8 && matches!(scales.dtype, Dtype::U8 | Dtype::F8E8M0);
+    let last = |view: &TensorView<'_>| view.shape.last().copied().unwrap_or(0);
+    bytes && last(&codes).div_ceil(16) == last(&scales)
+}
+
 /// MXFP4 of gpt-oss: the rows of all experts one below the other, `(experts·n, k)`.
 ///
 /// In `gate_up_proj` rows of gate and up alternate; here they stay where they are.
@@ -209,6 +233,10 @@ impl Convention for GptOss {
 
     fn holds(&self, source: &dyn TensorSource, layer: &str) -> bool {
         ["blocks", "scales"].iter().all(|part| source.tensor(&format!("{layer}_{part}")).is_ok())
+    }
+
+    fn rounds_inputs_to_floats(&self) -> bool {
+        true
     }
 
     fn read(&self, source: &dyn TensorSource, name: &str) -> Result<QLinear> {

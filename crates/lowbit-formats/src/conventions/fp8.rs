@@ -3,9 +3,11 @@
 //! | tensor | shape | |
 //! |---|---|---|
 //! | `weight` | F8_E4M3 or F8_E5M2 (n, k) | |
-//! | `weight_scale` | (), (1), (n), (n, 1) or blocks | compressed-tensors, llm-compressor, ModelOpt: `w = code · scale` |
+//! | `weight_scale` | (), (1), (n), (n, 1), (n, groups) or blocks | compressed-tensors, llm-compressor, ModelOpt: `w = code · scale` |
 //! | `weight_scale_inv` | (⌈n/128⌉, ⌈k/128⌉) | DeepSeek: also `code · scale`, whatever its name says |
 //! | `weight_scale_inv` | as above | GPTQModel with `weight_scale_semantics: inverse`: `code / scale` |
+//! | `scale` | as `weight_scale` | other programs: `w = code · scale` |
+//! | any of them | U8 or F8_E8M0, blocks | powers of two, `2^(byte − 127)` |
 //! | `weight_scale` | U8 (n, k/32) | MXFP8: powers of two, `2^(byte − 127)` |
 //!
 //! Inputs stay f32: that some of these systems round them to FP8 too is not imitated. What is written is E4M3, which
@@ -56,19 +58,8 @@ impl Default for Fp8 {
     }
 }
 
-impl Fp8 {
-    pub(super) fn from_config(config: &Value) -> Self {
-        let size = |i| {
-            let size = config.get("weight_block_size")?.get(i)?.as_u64()?;
-            usize::try_from(size).ok().filter(|&size| size > 0)
-        };
-        let semantics = config.get("weight_scale_semantics").and_then(Value::as_str);
-        Self {
-            block: (size(0).unwrap_or(128), size(1).unwrap_or(128)),
-            divides: semantics == Some("inverse"),
-        }
-    }
-}
+/// What scales are called, of which a layer has one.
+const SCALES: [&str; 3] = ["weight_scale_inv", "weight_scale", "scale"];
 
 /// The types of weights.
 const TYPES: [(Dtype, Format); 2] =
@@ -83,7 +74,11 @@ impl Convention for Fp8 {
         let layer = Layer { source, name: layer };
         let weight = layer.find("weight");
         weight.is_some_and(|weight| TYPES.iter().any(|(dtype, _)| *dtype == weight.dtype))
-            && (layer.has("weight_scale") || layer.has("weight_scale_inv"))
+            && SCALES.iter().any(|part| layer.has(part))
+    }
+
+    fn rounds_inputs_to_floats(&self) -> bool {
+        true
     }
 
     fn read(&self, source: &dyn TensorSource, name: &str) -> Result<QLinear> {
@@ -95,17 +90,36 @@ impl Convention for Fp8 {
             let got = weight.dtype;
             return Err(weight.error(format!("it is {got}, expected F8_E4M3 or F8_E5M2")));
         };
-        let inverse = layer.has("weight_scale_inv");
-        let part = if inverse { "weight_scale_inv" } else { "weight_scale" };
+        let finite: Vec<_> = (0..=u8::MAX).map(|code| format.decode(code).is_finite()).collect();
+        if let Some(at) = weight.bytes.iter().position(|&code| !finite[usize::from(code)]) {
+            return Err(weight.error(format!(
+                "it is not finite at row {}, column {}",
+                at / k,
+                at % k
+            )));
+        }
+        let part = SCALES.into_iter().find(|part| layer.has(part)).unwrap_or(SCALES[0]);
+        let inverse = part == SCALES[0];
         let dtype = QuantType::Float(*format);
         if let Some(scales) = layer.find(part)
             && matches!(scales.dtype, Dtype::U8 | Dtype::F8E8M0)
         {
-            parts::expect_shape(&scales, &[n, k.div_ceil(32)])?;
+            let (rows, cols) = self.block;
+            let blocks = rows > 0
+                && cols > 0
+                && *scales.shape == [n.div_ceil(rows), k.div_ceil(cols)]
+                && *scales.shape != [n, k.div_ceil(32)];
+            let granularity = match blocks {
+                true => Granularity::PerBlock(rows, cols),
+                false => {
+                    parts::expect_shape(&scales, &[n, k.div_ceil(32)])?;
+                    Granularity::PerGroup(32)
+                }
+            };
             scales.check_len()?;
             let scheme = QuantScheme {
                 scale_format: ScaleFormat::E8m0,
-                ..QuantScheme::levels(dtype, Granularity::PerGroup(32))
+                ..QuantScheme::levels(dtype, granularity)
             };
             let (codes, scales) = (weight.bytes.to_vec(), scales.bytes.to_vec());
             let matrix = QMatrix::from_parts(n, k, scheme, codes, scales, None);
@@ -122,9 +136,12 @@ impl Convention for Fp8 {
             [1, 1] => Granularity::PerTensor,
             [rows, 1] if rows == n => Granularity::PerChannel,
             _ if blocks => Granularity::PerBlock(block_rows, block_cols),
+            [rows, groups] if rows == n && k.is_multiple_of(groups) => {
+                Granularity::PerGroup(k / groups)
+            }
             shape => {
                 return Err(scales.error(format!(
-                    "its shape {shape:?} is no tensor, channels or blocks of {block_rows} x \
+                    "its shape {shape:?} is no tensor, channels, groups or blocks of {block_rows} x \
                      {block_cols} of {n} x {k} weights"
                 )));
             }
@@ -229,12 +246,6 @@ impl Default for CompressedFloat {
 }
 
 impl CompressedFloat {
-    /// With the `block_structure` of a configuration.
-    pub(super) fn from_block(block: Option<&Value>) -> Self {
-        let Fp8 { block, .. } = Fp8::from_config(&json!({"weight_block_size": block}));
-        Self { block }
-    }
-
     fn tensors(self) -> Fp8 {
         Fp8 { block: self.block, divides: false }
     }
@@ -247,6 +258,10 @@ impl Convention for CompressedFloat {
 
     fn holds(&self, source: &dyn TensorSource, layer: &str) -> bool {
         self.tensors().holds(source, layer)
+    }
+
+    fn rounds_inputs_to_floats(&self) -> bool {
+        true
     }
 
     fn read(&self, source: &dyn TensorSource, layer: &str) -> Result<QLinear> {

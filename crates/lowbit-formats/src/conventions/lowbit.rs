@@ -65,6 +65,9 @@ impl Convention for Lowbit {
         let [Ok(n @ 1..), Ok(k @ 1..)] = [0, 1].map(size) else {
             return Err(header.error("expected a shape of two sizes of 1 or more".into()));
         };
+        if n == 0 || k == 0 {
+            return Err(header.error(format!("a weight of {n} x {k} has no elements")));
+        }
         let scheme = scheme(json.get("scheme")?)?;
         let bytes = |part: &str| {
             let view = layer.get(part)?;
@@ -107,6 +110,9 @@ impl Convention for Lowbit {
         let writer = Writer { convention: NAME, layer, name };
         let weight = writer.weight();
         let (n, k) = (weight.rows(), weight.cols());
+        if n == 0 || k == 0 {
+            return Err(writer.unsupported(format!("a weight of {n} x {k}, which has no elements")));
+        }
         let bytes = |part: &str, bytes: Vec<u8>| {
             let len = bytes.len();
             writer.tensor(part, Dtype::U8, &[len], bytes)

@@ -524,10 +524,14 @@ fn texts_beside_a_file_are_used_if_they_agree() {
         (
             "architectures",
             json!(["Qwen2ForCausalLM"]),
-            "expected an architecture that is llama in GGUF",
+            "expected llama, by general.architecture of",
         ),
         ("architectures", json!(["GPT2LMHeadModel"]), "expected LlamaForCausalLM"),
-        ("quantization_config", json!({"quant_method": "gptq"}), "expected null or nothing"),
+        (
+            "quantization_config",
+            json!({"quant_method": "gptq"}),
+            "expected null, by the tensors of",
+        ),
     ] {
         let mut other = config.clone();
         other[field] = value;

@@ -6,4 +6,5 @@ mod gguf;
 mod gguf_metadata;
 mod model;
 mod oracle;
+mod quantized;
 pub(crate) mod tiny;
