@@ -53,7 +53,7 @@ fn formats(c: &mut Criterion) {
     bench("bnb int8", presets::bitsandbytes_int8(), &BnbInt8 { threshold: None });
     bench("bnb nf4-g64", presets::nf4(groups(64)), &Bnb4);
     bench("compressed-tensors int4-g128", int4, &CompressedPacked::default());
-    bench("compressed-tensors fp8", presets::fp8(Format::F8E4M3, row), &Fp8::default());
+    bench("compressed-tensors fp8", presets::fp8(Format::F8E4M3, row), &CompressedFloat::default());
     bench("compressed-tensors nvfp4", presets::nvfp4(), &Nvfp4 { reciprocal: true });
     bench("ggml Q4_0", int4_g32, &Ggml);
     bench("ggml Q8_0", nearest(QuantScheme::symmetric(8, groups(32))), &Ggml);

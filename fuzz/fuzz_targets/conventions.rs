@@ -6,14 +6,14 @@ use libfuzzer_sys::fuzz_target;
 use lowbit::formats::{
     Safetensors,
     conventions::{
-        Awq, AwqVersion, Bnb4, BnbInt8, CompressedInt, CompressedPacked, Convention, Fp8, GptOss,
-        Gptq, Lowbit, Mxfp4, Nvfp4,
+        Awq, AwqVersion, Bnb4, BnbInt8, CompressedFloat, CompressedInt, CompressedPacked,
+        Convention, Fp8, GptOss, Gptq, Lowbit, Mxfp4, Nvfp4,
     },
 };
 
 fuzz_target!(|bytes: &[u8]| {
     let Ok(file) = Safetensors::new("fuzz", bytes) else { return };
-    let conventions: [&dyn Convention; 13] = [
+    let conventions: [&dyn Convention; 14] = [
         &Gptq::default(),
         &Gptq { v2: true, symmetric: true, ..Gptq::default() },
         &Awq::default(),
@@ -21,7 +21,8 @@ fuzz_target!(|bytes: &[u8]| {
         &BnbInt8 { threshold: Some(6.0) },
         &Bnb4,
         &CompressedPacked::default(),
-        &CompressedInt { dynamic: false },
+        &CompressedInt { dynamic: true },
+        &CompressedFloat::default(),
         &Fp8::default(),
         &Mxfp4,
         &GptOss { experts: 1 },

@@ -15,18 +15,18 @@
 
 use faer::{
     Accum, MatRef as FaerRef, Par,
-    linalg::matmul::matmul,
+    linalg::{matmul::matmul, solvers::Llt},
     prelude::{ReborrowMut, Solve},
 };
 use lowbit_core::{Context, Error, Mat, MatRef, Result};
 
-use crate::Calibration;
+use crate::{Calibration, InputSet};
 
 /// Sums over pairs of inputs, those of the f32 model and those behind quantized layers.
 ///
 /// # Example
 /// ```
-/// use lowbit_algorithms::{Calibration, Drift};
+/// use lowbit_algorithms::{Calibration, Drift, InputSet};
 /// use lowbit_core::{Context, Mat};
 ///
 /// // The layers before this one have made the second channel half as large.
@@ -39,7 +39,7 @@ use crate::Calibration;
 /// drift.observe(x.as_ref(), x_f32.as_ref(), None, ctx)?;
 ///
 /// let w = Mat::new(vec![1.0, 1.0], 1, 2)?;
-/// let shifted = drift.shift(w.as_ref(), &calibration, 1.0, ctx)?;
+/// let shifted = drift.shift(w.as_ref(), &InputSet::new(&calibration), 1.0, ctx)?;
 /// assert!((shifted.data()[1] - 2.0).abs() < 0.05);
 /// # Ok::<(), lowbit_core::Error>(())
 /// ```
@@ -122,15 +122,16 @@ impl Drift {
     }
 
     /// `w` moved by `share` of the way to the weight that makes up for what the inputs have lost;
-    /// `calibration` has seen the inputs `x`.
+    /// the calibration of `inputs` has seen the inputs `x`.
     ///
     /// # Errors
     /// [`Error::Shape`] if `w` is not of this layer, [`Error::Parameter`] for a share that is not a number
-    /// of 0 or more or where no damping makes the second moment positive, and those of a calibration without a second moment or of another width.
+    /// of 0 or more or where no damping makes the second moment positive, and those of a calibration without
+    /// a second moment or of another width.
     pub fn shift(
         &self,
         w: MatRef<'_, f32>,
-        calibration: &Calibration,
+        inputs: &InputSet<'_>,
         share: f64,
         ctx: &mut Context,
     ) -> Result<Mat<f32>> {
@@ -140,44 +141,51 @@ impl Drift {
             return Err(Error::Shape { what: "weight", expected, got: w.shape() });
         }
         crate::gptq::check_parameter("share of the drift", share)?;
-        calibration.check_seen(k)?;
-        let mut h = calibration.second_moment()?;
-        let mean = (0..k).map(|j| h.data()[j * k + j]).sum::<f64>() / k.max(1) as f64;
+        inputs.calibration().check_seen(k)?;
         // Without a signal there is nothing to make up for.
-        if mean <= 0.0 {
+        let Some(factor) = &*inputs.drift_factor(ctx)? else {
             return Ok(Mat::from_fn(n, k, |r, c| w.row(r).map_or(0.0, |row| row[c])));
-        }
+        };
         let wide = Mat::from_fn(n, k, |r, c| w.row(r).map_or(0.0, |row| f64::from(row[c])));
         let mut target = match &self.residual {
             Some(residual) => residual.clone(),
             None => zeros(n, k)?,
         };
-        let diagonal: Vec<_> = (0..k).map(|j| h.data()[j * k + j]).collect();
         on_pool(ctx, |par| {
             let mut to = faer::MatMut::from_row_major_slice_mut(target.data_mut(), n, k);
             matmul(to.rb_mut(), Accum::Add, view(&wide), view(&self.input), 1.0, par);
-            let mut damping = 0.01;
-            // With many times the mean on its diagonal any H has a factor.
-            while damping < 1e9 {
-                for (j, x) in diagonal.iter().enumerate() {
-                    h.data_mut()[j * k + j] = x + damping * mean;
-                }
-                let factor = view(&h).llt(faer::Side::Lower);
-                let exists =
-                    |l: FaerRef<'_, f64>| (0..k).all(|j| l[(j, j)] > 0.0 && l[(j, j)].is_finite());
-                if let Some(factor) = factor.ok().filter(|factor| exists(factor.L())) {
-                    factor.solve_in_place(to.transpose_mut());
-                    return Ok(());
-                }
-                damping *= 10.0;
-            }
-            let expected = "a share with which the second moment has a factor";
-            Err(Error::Parameter { what: "damping", value: damping, expected })
-        })?;
+            factor.solve_in_place(to.transpose_mut());
+        });
         Ok(Mat::from_fn(n, k, |r, c| {
             (wide.data()[r * k + c] + share * target.data()[r * k + c]) as f32
         }))
     }
+}
+
+/// H with at least 1 % of its mean on the diagonal, factored; `None` if it is 0.
+pub(crate) fn factor(calibration: &Calibration, ctx: &mut Context) -> Result<Option<Llt<f64>>> {
+    let mut h = calibration.second_moment()?;
+    let k = h.cols();
+    let diagonal: Vec<_> = (0..k).map(|j| h.data()[j * k + j]).collect();
+    let mean = diagonal.iter().sum::<f64>() / k.max(1) as f64;
+    if mean <= 0.0 {
+        return Ok(None);
+    }
+    let mut damping = 0.01;
+    // With many times the mean on its diagonal any H has a factor.
+    while damping < 1e9 {
+        for (j, x) in diagonal.iter().enumerate() {
+            h.data_mut()[j * k + j] = x + damping * mean;
+        }
+        let found = on_pool(ctx, |_| view(&h).llt(faer::Side::Lower)).ok();
+        let exists = |l: FaerRef<'_, f64>| (0..k).all(|j| l[(j, j)] > 0.0 && l[(j, j)].is_finite());
+        if let Some(factor) = found.filter(|factor| exists(factor.L())) {
+            return Ok(Some(factor));
+        }
+        damping *= 10.0;
+    }
+    let expected = "a share with which the second moment has a factor";
+    Err(Error::Parameter { what: "damping", value: damping, expected })
 }
 
 fn view(x: &Mat<f64>) -> FaerRef<'_, f64> {
@@ -223,7 +231,7 @@ mod tests {
         let lost = Mat::new(vec![0.0, 1.0, 0.0], 1, 3).unwrap();
         drift.observe(lost.as_ref(), Mat::zeros(1, 3).as_ref(), None, ctx).unwrap();
         let w = Mat::new(vec![1.0, 1.0, 1.0], 1, 3).unwrap();
-        let shifted = drift.shift(w.as_ref(), &calibration, 1.0, ctx).unwrap();
+        let shifted = drift.shift(w.as_ref(), &InputSet::new(&calibration), 1.0, ctx).unwrap();
         // W·C = (0, −1, 0), and 2·I − 0.9·(J − I) has the inverse (I + 0.9/0.2·J)/2.9.
         let (own, other) = (1.0 - 5.5 / 2.9, 1.0 - 4.5 / 2.9);
         for (got, expected) in shifted.data().iter().zip([other, own, other]) {
@@ -231,7 +239,7 @@ mod tests {
         }
         // No damping makes up for infinity.
         calibration.triangle = Some(vec![1.0, f64::INFINITY, 1.0, 0.0, 0.0, 1.0]);
-        let error = drift.shift(w.as_ref(), &calibration, 1.0, ctx).unwrap_err();
+        let error = drift.shift(w.as_ref(), &InputSet::new(&calibration), 1.0, ctx).unwrap_err();
         assert!(matches!(error, Error::Parameter { what: "damping", .. }), "{error}");
     }
 }

@@ -13,6 +13,8 @@
 //! * a symmetric grid is one in every row; theirs is not in rows without negative weights;
 //! * if there is no Cholesky factor, the damping is multiplied by ten until there is one.
 
+use std::sync::Arc;
+
 use lowbit_core::{
     BlockParams, Context, Error, Fit, Mat, MatRef, Outliers, Params, QLinear, QMatrix, QuantScheme,
     Result, ScaleFormat, SparseRows, Transform, ZeroFormat, f16,
@@ -20,7 +22,7 @@ use lowbit_core::{
 use pulp::Arch;
 
 use crate::{
-    Calibration, Needs, Plan, Quantized, Quantizer, Report, Uncalibrated,
+    Calibration, InputSet, Needs, Plan, Quantized, Quantizer, Report, Uncalibrated,
     feedback::{
         Band, Block, Descend, Free, Grids, LANES, Lanes, LeaveOut, Levels, Run, blocks, map,
     },
@@ -135,16 +137,16 @@ impl Gptq {
 }
 
 impl Quantizer for Gptq {
-    fn quantize(
+    fn quantize_in_set(
         &self,
         w: MatRef<'_, f32>,
-        calibration: &Calibration,
+        inputs: &InputSet<'_>,
         ctx: &mut Context,
     ) -> Result<Quantized> {
-        let Some(hessian) = self.hessian(w, calibration)? else {
+        let Some(hessian) = self.hessian(w, inputs.calibration())? else {
             return nearest(w, self.scheme, &self.fit);
         };
-        Solver { gptq: self, hessian: &hessian, outliers: None }.solve(w, ctx)
+        Solver { gptq: self, inputs, hessian: &hessian, outliers: None }.solve(w, ctx)
     }
 
     fn needs(&self) -> Needs {
@@ -163,13 +165,14 @@ impl Quantizer for Gptq {
         let of_bands = times(rows, k).saturating_mul(13).saturating_add(times(rows, k) / 8);
         let of_blocks = times(rows, grid.across).saturating_mul(24);
         let always = of_bands.saturating_add(of_blocks).saturating_add(weights.saturating_mul(4));
-        // The factor in f64 beside its panels in f32; H in f32 for sweeps beside the parameters; codes and
-        // what is stored, or the parameters while they are rounded.
+        // The factor in f64 beside its panels in f32, which the set of inputs keeps, as it does H in f32 for
+        // sweeps; the parameters; codes and what is stored, or the parameters while they are rounded.
         let blocks = times(rows, grid.across) / grid.rows.max(1) as u64;
         let factoring = square.saturating_mul(10);
-        let sweeping = if self.sweeps > 0 { square.saturating_mul(4) } else { 0 };
-        let sweeping = sweeping.saturating_add(blocks.saturating_mul(16));
+        let kept = square.saturating_mul(if self.sweeps > 0 { 6 } else { 2 });
+        let sweeping = kept.saturating_add(blocks.saturating_mul(16));
         let storing = weights.saturating_add(plan.memory).max(blocks.saturating_mul(48));
+        let storing = storing.saturating_add(kept);
         // The normal equations of 32 rows, and those of one of them twice; four numbers of each weight.
         let refits = self.sweeps > 0 && self.refits > 0 && grid.can_refit;
         let each_thread = match refits {
@@ -244,6 +247,7 @@ pub(crate) fn permutation(order: &[usize]) -> Result<Transform> {
 
 pub(crate) struct Solver<'a> {
     pub(crate) gptq: &'a Gptq,
+    pub(crate) inputs: &'a InputSet<'a>,
     pub(crate) hessian: &'a Hessian<'a>,
     /// Which weights are kept beside the codes.
     pub(crate) outliers: Option<OutlierRule>,
@@ -267,7 +271,7 @@ impl Solver<'_> {
     }
 
     pub(crate) fn solve(&self, w: MatRef<'_, f32>, ctx: &mut Context) -> Result<Quantized> {
-        let Self { gptq, hessian, outliers } = *self;
+        let Self { gptq, inputs, hessian, outliers } = *self;
         let ((n, k), scheme) = (w.shape(), gptq.scheme);
         let levels = Levels::new(scheme, &gptq.fit)?;
         // The weights as they will be stored, without those that no input reaches.
@@ -278,8 +282,8 @@ impl Solver<'_> {
         });
         let grid = Grid::new(scheme, n, k, gptq.order == Order::Falling);
         let columns = self.columns();
-        let factor = hessian.factor(gptq.damping, ctx)?;
-        let damping = factor.damping;
+        let edges = if grid.fresh { grid.cols } else { k };
+        let elimination = inputs.elimination(hessian, gptq.damping, edges, ctx)?;
 
         // Grids that do not depend on what happens on the way.
         let mut stored = None;
@@ -294,24 +298,20 @@ impl Solver<'_> {
         let mut bands = map((0..n).step_by(LANES).collect(), ctx, |first| {
             Band::new(target.as_ref(), first, &columns, grid.across)
         });
-        let edges = if grid.fresh { grid.cols } else { k };
-        let coefficients = panels(&factor, edges, ctx);
-        let importance: Vec<_> = factor.diagonal().map(|r| (r * r) as f32).collect();
-        drop(factor);
         let mut pass = Pass {
             levels: &levels,
-            blocks: &coefficients,
+            blocks: &elimination.blocks,
             groups: &groups,
             grid: &grid,
             fixed: !grid.fresh,
-            importance: &importance,
+            importance: &elimination.importance,
             threshold: None,
         };
         if let Some(stored) = &stored {
             bands.iter_mut().for_each(|band| grid.give(stored.params(), band));
         }
         if let Some(rule) = outliers {
-            let unit = sensitivity(target.as_ref(), &columns, &importance);
+            let unit = sensitivity(target.as_ref(), &columns, &elimination.importance);
             let threshold = rule.threshold(unit, &bands, k, |bands, threshold| {
                 Pass { threshold: Some(threshold), ..pass }.run(bands, ctx)
             })?;
@@ -330,11 +330,12 @@ impl Solver<'_> {
             }
             stored = Some(params);
         }
-        drop(coefficients);
+        let damping = elimination.damping;
+        drop(elimination);
 
         if gptq.sweeps > 0 && k > 0 {
             bands.iter_mut().for_each(|band| band.reorder(&columns));
-            let sweeps = Sweeps::new(self, &levels, &grid, damping, ctx);
+            let sweeps = Sweeps::new(self, &levels, &grid, damping, ctx)?;
             for sweep in 0..gptq.sweeps {
                 if sweep < gptq.refits && grid.can_refit {
                     for_each(&mut bands, ctx, |bands| {
@@ -712,11 +713,16 @@ pub(crate) fn at_block(error: Error, row: usize, col: usize) -> Error {
 struct Sweeps<'a> {
     levels: &'a Levels,
     grid: &'a Grid,
+    h: Arc<Descent>,
+    groups: Vec<usize>,
+}
+
+/// A second moment as coordinate descent reads it.
+pub(crate) struct Descent {
     /// `H_ic / H_cc` with damping, 0 for i = c inside a block.
     blocks: Vec<Block>,
     /// `H_cc` with damping.
     diagonal: Vec<f64>,
-    groups: Vec<usize>,
 }
 
 impl<'a> Sweeps<'a> {
@@ -726,25 +732,29 @@ impl<'a> Sweeps<'a> {
         grid: &'a Grid,
         damping: f64,
         ctx: &mut Context,
-    ) -> Self {
-        let k = solver.hessian.len();
-        let damped = solver.hessian.damped(damping);
-        let diagonal: Vec<_> = (0..k).map(|c| damped[solver.channel(c)]).collect();
-        let blocks = map(blocks(k, grid.cols), ctx, |(start, end)| {
-            Block::new(start, end, k, |i, c| {
-                if i == c {
-                    return 1.0;
-                }
-                (solver.hessian.at(solver.channel(i), solver.channel(c)) / diagonal[c]) as f32
-            })
-        });
+    ) -> Result<Self> {
+        let (k, hessian) = (solver.hessian.len(), solver.hessian);
+        let sorted = solver.gptq.order == Order::Sorted;
+        let h = solver.inputs.descent(hessian, (damping, sorted, grid.cols), || {
+            let damped = hessian.damped(damping);
+            let diagonal: Vec<_> = (0..k).map(|c| damped[solver.channel(c)]).collect();
+            let blocks = map(blocks(k, grid.cols), ctx, |(start, end)| {
+                Block::new(start, end, k, |i, c| {
+                    if i == c {
+                        return 1.0;
+                    }
+                    (hessian.at(solver.channel(i), solver.channel(c)) / diagonal[c]) as f32
+                })
+            });
+            Descent { blocks, diagonal }
+        })?;
         let groups = (0..k).map(|c| c / grid.cols).collect();
-        Self { levels, grid, blocks, diagonal, groups }
+        Ok(Self { levels, grid, h, groups })
     }
 
     /// Codes by coordinate descent, from the last column to the first.
     fn descend(&self, bands: &mut [Band]) -> Result<()> {
-        for block in self.blocks.iter().rev() {
+        for block in self.h.blocks.iter().rev() {
             let (start, end) = (block.start, block.end);
             for band in &mut *bands {
                 let mut y = block.product(&band.d);
@@ -788,13 +798,13 @@ impl<'a> Sweeps<'a> {
         // Of each lane, row-major over groups.
         let mut m = vec![[0.0_f64; LANES]; count * count];
         let mut rhs = vec![[0.0_f64; LANES]; count];
-        for block in &self.blocks {
+        for block in &self.h.blocks {
             let columns = block.start..block.end;
             let add = |y: &[Lanes], to: &mut [[f64; LANES]], stride: usize, at: usize| {
                 for (c, y) in columns.clone().zip(y) {
                     let to = &mut to[self.groups[c] * stride + at];
                     for l in 0..LANES {
-                        to[l] += f64::from(b[c][l]) * self.diagonal[c] * f64::from(y[l]);
+                        to[l] += f64::from(b[c][l]) * self.h.diagonal[c] * f64::from(y[l]);
                     }
                 }
             };

@@ -27,6 +27,8 @@ use crate::{Calibration, feedback::map, second_moment::row_start};
 pub(crate) struct Hessian<'a> {
     triangle: &'a [f64],
     scale: f64,
+    /// Whether the order is that of the diagonal, the largest first.
+    pub(crate) act_order: bool,
     /// The channel at each position.
     pub(crate) order: Vec<usize>,
     /// By channel.
@@ -66,7 +68,7 @@ impl<'a> Hessian<'a> {
         if act_order {
             order.sort_by(|&a, &b| diagonal[b].total_cmp(&diagonal[a]));
         }
-        Ok(Self { triangle, scale, order, diagonal, dead, shrinkage: 0.0 })
+        Ok(Self { triangle, scale, act_order, order, diagonal, dead, shrinkage: 0.0 })
     }
 
     pub(crate) fn len(&self) -> usize {

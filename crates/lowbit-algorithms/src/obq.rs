@@ -16,7 +16,7 @@ use lowbit_core::{
 };
 
 use crate::{
-    Calibration, Needs, Plan, Quantized, Quantizer, Report, Uncalibrated,
+    Calibration, InputSet, Needs, Plan, Quantized, Quantizer, Report, Uncalibrated,
     feedback::map,
     gptq::{check_parameter, check_weight, hessian, nearest},
     hessian::Hessian,
@@ -64,12 +64,13 @@ impl Obq {
 }
 
 impl Quantizer for Obq {
-    fn quantize(
+    fn quantize_in_set(
         &self,
         w: MatRef<'_, f32>,
-        calibration: &Calibration,
+        inputs: &InputSet<'_>,
         ctx: &mut Context,
     ) -> Result<Quantized> {
+        let calibration = inputs.calibration();
         let hessian = hessian(w, calibration, self.damping, self.uncalibrated, false)?;
         let Some(hessian) = hessian else { return nearest(w, self.scheme, &self.fit) };
         let encoder = Encoder::new(self.scheme, &self.fit)?;

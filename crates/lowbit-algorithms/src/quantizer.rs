@@ -1,6 +1,6 @@
 use lowbit_core::{Context, MatRef, QLinear, QuantScheme, Result};
 
-use crate::Calibration;
+use crate::{Calibration, InputSet};
 
 /// Turns weights and statistics of their inputs into a quantized layer.
 ///
@@ -33,6 +33,20 @@ pub trait Quantizer: Send + Sync {
         &self,
         w: MatRef<'_, f32>,
         calibration: &Calibration,
+        ctx: &mut Context,
+    ) -> Result<Quantized> {
+        self.quantize_in_set(w, &InputSet::new(calibration), ctx)
+    }
+
+    /// The same for one of several layers that share an input: what depends on the input alone is
+    /// computed once for all of them.
+    ///
+    /// # Errors
+    /// As [`quantize`](Self::quantize).
+    fn quantize_in_set(
+        &self,
+        w: MatRef<'_, f32>,
+        inputs: &InputSet<'_>,
         ctx: &mut Context,
     ) -> Result<Quantized>;
 

@@ -4,7 +4,8 @@ use lowbit_core::{
 };
 
 use crate::{
-    Awq, Calibration, LlmInt8, Needs, OutlierWeights, Plan, Quantized, Quantizer, Rtn, SmoothQuant,
+    Awq, Calibration, InputSet, LlmInt8, Needs, OutlierWeights, Plan, Quantized, Quantizer, Rtn,
+    SmoothQuant,
 };
 
 /// A way to quantize a layer, put together from independent choices.
@@ -147,13 +148,13 @@ impl Quantizer for Recipe<'_> {
     /// Those of its parts; [`Error::Unsupported`] for known outlier features behind a rotation, where the
     /// range of a feature is not known, and for outlier features beside a rounding that keeps outliers of
     /// its own, such as [`Spqr`](crate::Spqr) or another recipe.
-    fn quantize(
+    fn quantize_in_set(
         &self,
         w: MatRef<'_, f32>,
-        calibration: &Calibration,
+        inputs: &InputSet<'_>,
         ctx: &mut Context,
     ) -> Result<Quantized> {
-        calibration.check(w.cols())?;
+        inputs.calibration().check(w.cols())?;
         if self.rotation.is_some()
             && self.outliers.is_some_and(|rule| rule.weights == OutlierWeights::F16)
         {
@@ -169,13 +170,13 @@ impl Quantizer for Recipe<'_> {
         }
         let mut transforms = Vec::new();
         let mut alpha = None;
-        if let Some((s, strength)) = self.scales(&[w], calibration, ctx)? {
+        if let Some((s, strength)) = self.scales(&[w], inputs.calibration(), ctx)? {
             transforms.push(Transform::Scale(s.iter().map(|s| 1.0 / s).collect()));
             alpha = Some(strength);
         }
         transforms.extend(self.rotation.map(|seed| Transform::hadamard(w.cols(), seed)));
         if transforms.is_empty() && self.clip.is_none() && self.outliers.is_none() {
-            let mut quantized = self.rounding.quantize(w, calibration, ctx)?;
+            let mut quantized = self.rounding.quantize_in_set(w, inputs, ctx)?;
             if self.activation.is_some() {
                 quantized.layer = quantized.layer.with_activation(self.activation);
             }
@@ -183,16 +184,19 @@ impl Quantizer for Recipe<'_> {
         }
 
         let mut w = copy(w);
-        let mut calibration = calibration.clone();
         for transform in &transforms {
             transform.apply_to_weight(&mut w)?;
-            calibration.transform(transform)?;
         }
+        let behind = match transforms[..] {
+            [] => None,
+            _ => Some(inputs.transformed(&transforms)?),
+        };
+        let inputs = behind.as_deref().unwrap_or(inputs);
         if let Some(clip) = &self.clip {
-            clip.clip(&mut w, &calibration, ctx)?;
+            clip.clip(&mut w, inputs.calibration(), ctx)?;
         }
         let Quantized { mut layer, mut report } =
-            self.rounding.quantize(w.as_ref(), &calibration, ctx)?;
+            self.rounding.quantize_in_set(w.as_ref(), inputs, ctx)?;
         report.alpha = alpha.or(report.alpha);
         if self.activation.is_some() {
             layer = layer.with_activation(self.activation);
@@ -203,6 +207,7 @@ impl Quantizer for Recipe<'_> {
                 return Err(two_kinds());
             }
             // Rounding may have ordered the features anew.
+            let mut calibration = inputs.calibration().clone();
             for transform in &own {
                 transform.apply_to_weight(&mut w)?;
                 calibration.transform(transform)?;

@@ -3,7 +3,7 @@
 
 use lowbit_core::{Context, Fit, MatRef, QLinear, QMatrix, QuantScheme, Result};
 
-use crate::{Calibration, Needs, Plan, Quantized, Quantizer};
+use crate::{InputSet, Needs, Plan, Quantized, Quantizer};
 
 /// Round to nearest (RTN).
 ///
@@ -35,13 +35,13 @@ impl Rtn {
 }
 
 impl Quantizer for Rtn {
-    fn quantize(
+    fn quantize_in_set(
         &self,
         w: MatRef<'_, f32>,
-        calibration: &Calibration,
+        inputs: &InputSet<'_>,
         _: &mut Context,
     ) -> Result<Quantized> {
-        calibration.check(w.cols())?;
+        inputs.calibration().check(w.cols())?;
         let weight = QMatrix::quantize_with(w, self.scheme, &self.fit, None)?;
         Ok(QLinear::new(weight).into())
     }

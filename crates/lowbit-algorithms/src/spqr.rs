@@ -22,7 +22,7 @@ use lowbit_core::{
 };
 
 use crate::{
-    Calibration, Gptq, Needs, Order, Plan, Quantized, Quantizer,
+    Gptq, InputSet, Needs, Order, Plan, Quantized, Quantizer,
     feedback::{Band, LANES},
     gptq::{Solver, check_parameter, nearest},
 };
@@ -138,18 +138,18 @@ impl OutlierRule {
 impl Quantizer for Spqr {
     /// # Errors
     /// Those of [`Gptq`]; [`Error::Parameter`] for an impossible threshold or share.
-    fn quantize(
+    fn quantize_in_set(
         &self,
         w: MatRef<'_, f32>,
-        calibration: &Calibration,
+        inputs: &InputSet<'_>,
         ctx: &mut Context,
     ) -> Result<Quantized> {
         let gptq = &self.rounding;
         self.outliers.check()?;
-        let Some(hessian) = gptq.hessian(w, calibration)? else {
+        let Some(hessian) = gptq.hessian(w, inputs.calibration())? else {
             return nearest(w, gptq.scheme, &gptq.fit);
         };
-        Solver { gptq, hessian: &hessian, outliers: Some(self.outliers) }.solve(w, ctx)
+        Solver { gptq, inputs, hessian: &hessian, outliers: Some(self.outliers) }.solve(w, ctx)
     }
 
     fn needs(&self) -> Needs {

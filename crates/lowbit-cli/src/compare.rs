@@ -7,15 +7,17 @@ use std::{
     time::Duration,
 };
 
-use anyhow::{Context as _, Result, anyhow};
+use anyhow::{Context as _, Result};
 use lowbit::{Linear, METHODS, Method, Needs, Quantizer, kernels};
-use lowbit_lm::{
-    Checkpoint, Finished, Model, Protocol, Windows, eval::Baseline, measure_speed,
-    quantize::LayerReport,
-};
+use lowbit_lm::{Finished, Protocol, eval::Baseline, measure_speed, quantize::LayerReport};
 use serde::Serialize;
 
-use crate::{Threads, model, new_file::NewFile, plot, progress};
+use crate::{
+    Threads, counted,
+    model::{self, Text},
+    new_file::NewFile,
+    plot, progress,
+};
 
 /// Options of `lowbit compare`.
 #[derive(clap::Args)]
@@ -26,7 +28,7 @@ pub(crate) struct Options {
     /// `--calibration` is given]
     #[arg(long, value_delimiter = ',', value_name = "A,B", value_parser = model::method())]
     methods: Option<Vec<&'static Method>>,
-    /// Text to measure the loss on [default: eval.tokens of the model, where it has one]
+    /// Text or tokens to measure the loss on [default: eval.tokens of the model, where it has one]
     #[arg(long, value_name = "FILE")]
     text: Option<PathBuf>,
     /// Bytes at the start of the text to pass over
@@ -86,8 +88,16 @@ struct Report<'a> {
 pub(crate) fn run(options: &Options) -> Result<()> {
     let plot_file = options.plot.as_deref().map(NewFile::prepare).transpose()?;
     let mut ctx = options.threads.context()?;
+    let text = options.text.as_deref().map(Text::read).transpose()?;
     let checkpoint = model::open(options.model.as_ref())?;
-    let windows = windows(options, &checkpoint)?;
+    let protocol = Protocol {
+        max_tokens: options.max_tokens.get(),
+        document_mark: options.calibration.document_mark.clone(),
+        skip_bytes: options.skip_bytes,
+        ..Protocol::default()
+    };
+    let folder = options.model.as_deref();
+    let windows = model::windows_to_predict(&checkpoint, folder, text.as_ref(), &protocol)?;
     let methods: Vec<_> = match &options.methods {
         Some(methods) => methods.clone(),
         // Methods that calibrate take minutes together.
@@ -101,15 +111,15 @@ pub(crate) fn run(options: &Options) -> Result<()> {
     let mut table = Table::new(options.json);
     let kernel = options.kernel.or_else(|| kernels().next()).unwrap_or_default();
     let title = format!(
-        "{}: {} tokens in {} windows, {} threads, kernel {kernel}",
+        "{}: {} in {}, {}, kernel {kernel}",
         checkpoint.name(),
-        windows.predicted(),
-        windows.len(),
-        ctx.threads(),
+        counted(windows.predicted(), "token"),
+        counted(windows.len(), "window"),
+        counted(ctx.threads(), "thread"),
     );
 
     let bar = progress(windows.predicted(), "f32: loss");
-    let model = Model::load(&checkpoint)?;
+    let model = model::load(&checkpoint)?;
     let baseline = Baseline::new(&model, &windows, &mut ctx, |done| bar.set_position(done as u64))?;
     bar.set_message("f32: speed");
     let weights = |linear: &dyn Linear| linear.in_features() * linear.out_features();
@@ -171,31 +181,6 @@ pub(crate) fn run(options: &Options) -> Result<()> {
         table.line(serde_json::to_string_pretty(&report)?)?;
     }
     table.finish()
-}
-
-/// The text that the losses are measured on.
-fn windows(options: &Options, checkpoint: &Checkpoint) -> Result<Windows> {
-    if let Some(file) = &options.text {
-        let protocol = Protocol {
-            max_tokens: options.max_tokens.get(),
-            document_mark: options.calibration.document_mark.clone(),
-            skip_bytes: options.skip_bytes,
-            ..Protocol::default()
-        };
-        let text = model::read(file)?;
-        return Ok(Windows::from_text(checkpoint, &file.display().to_string(), &text, &protocol)?);
-    }
-    let windows = match &options.model {
-        None => Windows::from_tokens(checkpoint.config(), "eval.tokens", model::EVAL_TOKENS)?,
-        Some(folder) => {
-            let file = folder.join("eval.tokens");
-            let tokens = std::fs::read_to_string(&file).map_err(|e| {
-                anyhow!("cannot read {}: {e}; or give a text with --text FILE", file.display())
-            })?;
-            Windows::from_tokens(checkpoint.config(), &file.display().to_string(), &tokens)?
-        }
-    };
-    Ok(windows.first(options.max_tokens.get()))
 }
 
 /// Standard output: line by line for someone who watches, at once and only after everything went

@@ -3,19 +3,23 @@
 use std::{io::Write, path::PathBuf};
 
 use anyhow::Result;
-use lowbit_lm::{Model, Protocol, Windows, eval};
+use lowbit_lm::{Protocol, eval};
 use serde::Serialize;
 
-use crate::{Threads, model, progress};
+use crate::{
+    Threads, counted,
+    model::{self, Text},
+    progress,
+};
 
 /// Options of `lowbit eval`.
 #[derive(clap::Args)]
 pub(crate) struct Options {
     /// Folder of the model: config.json, tokenizer.json, model.safetensors
     model: PathBuf,
-    /// Text to evaluate on
+    /// Text or tokens to evaluate on [default: eval.tokens of the model, where it has one]
     #[arg(long, value_name = "FILE")]
-    text: PathBuf,
+    text: Option<PathBuf>,
     /// Tokens to evaluate on, at most
     #[arg(long, value_name = "N", default_value_t = Protocol::default().max_tokens)]
     max_tokens: usize,
@@ -48,7 +52,7 @@ struct Report {
 
 pub(crate) fn run(options: &Options) -> Result<()> {
     let mut ctx = options.threads.context()?;
-    let text = model::read(&options.text)?;
+    let text = options.text.as_deref().map(Text::read).transpose()?;
     let checkpoint = model::open(Some(&options.model))?;
     let protocol = Protocol {
         max_tokens: options.max_tokens,
@@ -56,9 +60,9 @@ pub(crate) fn run(options: &Options) -> Result<()> {
         document_mark: options.document_mark.clone(),
         skip_bytes: options.skip_bytes,
     };
-    let file = options.text.display().to_string();
-    let windows = Windows::from_text(&checkpoint, &file, &text, &protocol)?;
-    let model = Model::load(&checkpoint)?;
+    let folder = Some(options.model.as_path());
+    let windows = model::windows_to_predict(&checkpoint, folder, text.as_ref(), &protocol)?;
+    let model = model::load(&checkpoint)?;
     let bar = progress(windows.predicted(), "perplexity");
     let result =
         eval::perplexity(&model, &windows, &mut ctx, |done| bar.set_position(done as u64))?;
@@ -66,7 +70,7 @@ pub(crate) fn run(options: &Options) -> Result<()> {
 
     let report = Report {
         model: checkpoint.name().to_string(),
-        text: file,
+        text: options.text.as_ref().map_or("eval.tokens".into(), |text| text.display().to_string()),
         tokens: result.tokens,
         windows: windows.len(),
         perplexity: result.value,
@@ -77,9 +81,10 @@ pub(crate) fn run(options: &Options) -> Result<()> {
         writeln!(out, "{}", serde_json::to_string_pretty(&report)?)?;
     } else {
         let error = report.standard_error.map_or(String::new(), |e| format!(" ± {e:.6}"));
-        let (tokens, windows) = (report.tokens, report.windows);
+        let (tokens, windows) =
+            (counted(report.tokens, "token"), counted(report.windows, "window"));
         let perplexity = report.perplexity;
-        writeln!(out, "perplexity {perplexity:.6}{error} ({tokens} tokens in {windows} windows)")?;
+        writeln!(out, "perplexity {perplexity:.6}{error} ({tokens} in {windows})")?;
     }
     Ok(())
 }

@@ -2,9 +2,9 @@
 
 use std::{io::Write, ops::ControlFlow, path::PathBuf};
 
-use anyhow::Result;
+use anyhow::{Result, bail};
 use lowbit::{Method, Needs, Quantizer};
-use lowbit_lm::{Model, Sampling, generate};
+use lowbit_lm::{Sampling, generate};
 
 use crate::{Threads, model};
 
@@ -31,9 +31,9 @@ pub(crate) struct Options {
     /// Sample from the likeliest tokens only that together have this probability
     #[arg(long, value_name = "P")]
     top_p: Option<f32>,
-    /// The same seed gives the same text
-    #[arg(long, value_name = "N", default_value_t = 0)]
-    seed: u64,
+    /// The same seed gives the same text [default: 0]
+    #[arg(long, value_name = "N")]
+    seed: Option<u64>,
     #[command(flatten)]
     calibration: model::CalibrationOptions,
     #[command(flatten)]
@@ -42,11 +42,23 @@ pub(crate) struct Options {
 
 pub(crate) fn run(options: &Options) -> Result<()> {
     let mut ctx = options.threads.context()?;
+    let given = [
+        (options.top_k.is_some(), "--top-k"),
+        (options.top_p.is_some(), "--top-p"),
+        (options.seed.is_some(), "--seed"),
+    ];
+    if let Some((_, option)) = given.into_iter().find(|(given, _)| *given)
+        && options.temperature == 0.0
+    {
+        bail!(
+            "temperature 0 always takes the likeliest token: leave {option} out, or give --temperature 1"
+        );
+    }
     let method = options.method.map(|method| (method.name, method.quantizer.needs()));
     let (name, needs) = method.unwrap_or(("a model as it is", Needs::Nothing));
     options.calibration.check_used(name, needs > Needs::Nothing)?;
     let checkpoint = model::open(options.model.as_ref())?;
-    let mut model = Model::load(&checkpoint)?;
+    let mut model = model::load(&checkpoint)?;
     if let Some(method) = options.method {
         let calibration = &options.calibration;
         let needed = method.quantizer.needs() > Needs::Nothing;
@@ -58,7 +70,7 @@ pub(crate) fn run(options: &Options) -> Result<()> {
         temperature: options.temperature,
         top_k: options.top_k,
         top_p: options.top_p,
-        seed: options.seed,
+        seed: options.seed.unwrap_or(0),
     };
 
     // The prompt is shown with the first new text, so that a refusal prints nothing.

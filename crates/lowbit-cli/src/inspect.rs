@@ -1,19 +1,23 @@
 //! `lowbit inspect`: what is in a file or a folder.
 
-use std::{collections::BTreeSet, io::Write, path::PathBuf};
+use std::{
+    collections::BTreeSet,
+    io::Write,
+    path::{Path, PathBuf},
+};
 
 use anyhow::Result;
 use lowbit::{
-    QLinear, QuantScheme, QuantType,
+    QLinear, QuantType,
     formats::{
         Dtype, TensorSource,
-        conventions::{self, Convention},
+        conventions::{self, QuantizationConfig},
     },
 };
-use lowbit_lm::Tensors;
+use lowbit_lm::{Tensors, quantization_config};
 use serde::Serialize;
 
-use crate::model;
+use crate::{model, text};
 
 /// Options of `lowbit inspect`.
 #[derive(clap::Args)]
@@ -62,39 +66,45 @@ struct Tensor {
 }
 
 /// How the names of the tensors of quantized layers end.
-const ENDS: [&str; 7] =
-    [".qweight", ".weight", ".weight_packed", ".lowbit", "_blocks", ".SCB", ".weight_scale"];
+const ENDS: [&str; 8] = [
+    ".qweight",
+    ".weight",
+    ".weight_packed",
+    ".lowbit",
+    "_blocks",
+    ".SCB",
+    ".weight_scale",
+    ".scales",
+];
 
 pub(crate) fn run(options: &Options) -> Result<()> {
     let source = Tensors::open(&options.path)?;
-    let configured = configured(&options.path)?;
+    let config = configured(&options.path)?;
     let names = source.names();
     let candidates: BTreeSet<&str> = names
         .iter()
         .filter_map(|name| ENDS.iter().find_map(|end| name.strip_suffix(end)))
         .collect();
-    let mut layers = Vec::new();
-    for name in candidates {
-        let convention = match &configured {
-            Some(convention) if convention.holds(&source, name) => Some(convention),
-            _ => None,
-        };
-        let detected = conventions::detect(&source, name);
-        if let Some(convention) = convention.or(detected.as_ref()) {
-            layers.push(layer(&source, name, &**convention));
-        }
+    let mut notes: BTreeSet<String> = config.notes().iter().cloned().collect();
+    let layers: Vec<_> = candidates
+        .into_iter()
+        .filter_map(|name| layer(&source, name, &config, &mut notes))
+        .collect();
+    model::print_notes(&notes);
+    let mut of_layers = BTreeSet::new();
+    for layer in &layers {
+        let at = names.partition_point(|name| *name < layer.name.as_str());
+        let rests =
+            names[at..].iter().map_while(|name| Some((name, name.strip_prefix(&layer.name)?)));
+        of_layers
+            .extend(rests.filter(|(_, rest)| rest.starts_with(['.', '_'])).map(|(name, _)| *name));
     }
-    let of_a_layer = |tensor: &str| {
-        layers.iter().any(|layer| {
-            tensor.strip_prefix(&layer.name).is_some_and(|rest| rest.starts_with(['.', '_']))
-        })
-    };
     let mut bytes = 0;
     let mut tensors = Vec::new();
     for name in names {
         let view = source.tensor(name)?;
         bytes += view.bytes.len();
-        if of_a_layer(name) {
+        if of_layers.contains(name) {
             continue;
         }
         let finite = match view.dtype {
@@ -113,44 +123,59 @@ pub(crate) fn run(options: &Options) -> Result<()> {
     print(options, &report)
 }
 
-/// The convention that the config.json of a folder speaks of.
-fn configured(path: &std::path::Path) -> Result<Option<Box<dyn Convention>>> {
-    let file = path.join("config.json");
-    if !file.is_file() {
-        return Ok(None);
-    }
-    let config: serde_json::Value = serde_json::from_slice(&model::read(&file)?)?;
-    let quantization = config.get("quantization_config").filter(|config| !config.is_null());
-    Ok(quantization.map(conventions::from_config).transpose()?)
+/// What lies beside the tensors says of quantized layers, as for whoever runs the model.
+fn configured(path: &Path) -> Result<QuantizationConfig> {
+    let folder = if path.is_dir() { Some(path) } else { path.parent() };
+    let safetensors = path.is_dir() || path.extension().is_some_and(|end| end == "safetensors");
+    Ok(match folder {
+        Some(folder) if safetensors => quantization_config(folder)?,
+        _ => QuantizationConfig::default(),
+    })
 }
 
-fn layer(source: &dyn TensorSource, name: &str, convention: &dyn Convention) -> Layer {
+/// The layer called `name`, as whoever runs the model reads it; `None` if it is not quantized.
+fn layer(
+    source: &dyn TensorSource,
+    name: &str,
+    config: &QuantizationConfig,
+    notes: &mut BTreeSet<String>,
+) -> Option<Layer> {
     let mut layer = Layer {
         name: name.into(),
-        convention: convention.name().into(),
+        convention: String::new(),
         shape: None,
         scheme: None,
         bits_per_weight: None,
         saturated: None,
         problem: None,
     };
-    match convention.read(source, name) {
-        Ok(read) => {
-            let weight = read.weight();
+    match config.read(source, name) {
+        Ok(None) => return None,
+        Ok(Some(stored)) => {
+            let weight = stored.layer.weight();
+            layer.convention = stored.convention.name().into();
             layer.shape = Some([weight.rows(), weight.cols()]);
-            layer.scheme = Some(describe(weight.scheme()));
+            layer.scheme = Some(weight.scheme().to_string());
             layer.bits_per_weight = Some(weight.bits_per_weight());
-            layer.saturated = saturated(&read);
+            layer.saturated = saturated(&stored.layer);
+            notes.extend(stored.notes.into_iter().map(String::from));
         }
-        Err(e) => layer.problem = Some(e.to_string()),
+        Err(e) => {
+            let detected = conventions::detect(source, name);
+            layer.convention = detected.map_or("unknown".into(), |found| found.name().into());
+            layer.problem = Some(e.to_string());
+        }
     }
-    layer
+    Some(layer)
 }
 
 /// The share of integers at the ends of their range.
 fn saturated(layer: &QLinear) -> Option<f64> {
     let weight = layer.weight();
     let QuantType::Int { .. } = weight.scheme().dtype else { return None };
+    if weight.rows() == 0 || weight.cols() == 0 {
+        return None;
+    }
     let max = weight.scheme().dtype.max_code();
     let mut codes = vec![0; weight.cols()];
     let mut ends = 0;
@@ -161,19 +186,22 @@ fn saturated(layer: &QLinear) -> Option<f64> {
     Some(ends as f64 / (weight.rows() * weight.cols()).max(1) as f64)
 }
 
-fn describe(scheme: QuantScheme) -> String {
-    let dtype = match scheme.dtype {
-        QuantType::Int { bits } => format!("int{bits}"),
-        QuantType::Float(format) => format.name().unwrap_or("float").to_string(),
-        QuantType::NF4 => "nf4".into(),
-        QuantType::AF4 => "af4".into(),
-        QuantType::FP4_BNB => "fp4 of bitsandbytes".into(),
-        QuantType::IQ4_NL => "iq4".into(),
-        other => format!("table of {} bits", other.bits()),
-    };
-    let scale = scheme.scale_format.name();
-    format!("{dtype}, {:?}, {scale}, zero {:?}", scheme.granularity, scheme.zero)
-        .replace("TwoLevel(TwoLevel", "(two-level")
+/// A shape as a table shows it.
+fn shape(shape: &[usize]) -> String {
+    const MOST: usize = 8;
+    let sizes: Vec<_> = shape.iter().take(MOST).map(ToString::to_string).collect();
+    let sizes = sizes.join(", ");
+    match shape.len() {
+        0..=MOST => format!("[{sizes}]"),
+        dimensions => format!("[{sizes}, … ({dimensions} dimensions)]"),
+    }
+}
+
+/// Names as they are printed, and the width of their column.
+fn column<'a>(names: impl Iterator<Item = &'a String>) -> (Vec<String>, usize) {
+    let names: Vec<_> = names.map(|name| text::name(name)).collect();
+    let width = names.iter().map(|name| name.chars().count()).max().unwrap_or(0);
+    (names, width)
 }
 
 fn print(options: &Options, report: &Report) -> Result<()> {
@@ -186,11 +214,9 @@ fn print(options: &Options, report: &Report) -> Result<()> {
     let count = layers.len() + tensors.len();
     let size = *bytes as f64 / f64::from(1 << 20);
     writeln!(to, "{path}: {size:.1} MiB, {} quantized layers of {count}", layers.len())?;
-    let width =
-        |names: &mut dyn Iterator<Item = &String>| names.map(|n| n.len()).max().unwrap_or(0);
-    let wide = width(&mut layers.iter().map(|layer| &layer.name));
-    for layer in layers {
-        write!(to, "{:wide$}  ", layer.name)?;
+    let (names, wide) = column(layers.iter().map(|layer| &layer.name));
+    for (layer, name) in layers.iter().zip(names) {
+        write!(to, "{name:wide$}  ")?;
         match (layer.shape, layer.bits_per_weight, &layer.scheme, &layer.problem) {
             (Some([n, k]), Some(bits), Some(scheme), None) => {
                 let convention = &layer.convention;
@@ -201,14 +227,16 @@ fn print(options: &Options, report: &Report) -> Result<()> {
                 }
             }
             (.., problem) => {
-                writeln!(to, "damaged: {}", problem.as_deref().unwrap_or("no reason known"))?;
+                let problem = problem.as_deref().unwrap_or("no reason known");
+                writeln!(to, "damaged: {}", text::message(problem))?;
             }
         }
     }
-    let wide = width(&mut tensors.iter().map(|tensor| &tensor.name));
-    for tensor in tensors {
+    let (names, wide) = column(tensors.iter().map(|tensor| &tensor.name));
+    for (tensor, name) in tensors.iter().zip(names) {
+        let (dtype, shape) = (&tensor.dtype, shape(&tensor.shape));
         let problem = tensor.problem.as_ref().map_or(String::new(), |p| format!("  damaged: {p}"));
-        writeln!(to, "{:wide$}  {} {:?}{problem}", tensor.name, tensor.dtype, tensor.shape)?;
+        writeln!(to, "{name:wide$}  {dtype} {shape}{problem}")?;
     }
     Ok(())
 }

@@ -12,6 +12,7 @@ mod outliers;
 mod plot;
 mod quantize;
 mod scheme;
+mod text;
 
 use std::{io::Write, num::NonZeroUsize, process::ExitCode, sync::Arc};
 
@@ -57,11 +58,18 @@ struct Threads {
 /// More than any machine has cores, and few enough to start at once.
 const MOST_THREADS: usize = 1024;
 
+/// So many times the cores, threads only get in each other's way.
+const MANY_THREADS: usize = 8;
+
 impl Threads {
     fn context(&self) -> Result<Context> {
         let cores = || std::thread::available_parallelism().unwrap_or(NonZeroUsize::MIN);
         let threads = self.threads.unwrap_or_else(cores).get();
         ensure!(threads <= MOST_THREADS, "--threads {threads}: at most {MOST_THREADS}");
+        let cores = cores().get();
+        if threads > MANY_THREADS * cores {
+            note(&format!("{threads} threads on {cores} cores are slower than {cores}"));
+        }
         let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build()?;
         Ok(Context::with_pool(Arc::new(pool)))
     }
@@ -103,9 +111,19 @@ fn main() -> ExitCode {
     }
 }
 
+/// Says on standard error what is no error, and yet not as somebody might think.
+fn note(text: &str) {
+    complain(&format!("lowbit: {text}"));
+}
+
+/// `1 token`, `2 tokens`.
+fn counted(n: usize, what: &str) -> String {
+    format!("{n} {what}{}", if n == 1 { "" } else { "s" })
+}
+
 /// Writes to standard error, which may be closed or full: the exit code says it, too.
 fn complain(message: &str) {
-    let _ = writeln!(std::io::stderr(), "{message}");
+    let _ = writeln!(std::io::stderr(), "{}", text::message(message));
 }
 
 fn broken_pipe(e: &std::io::Error) -> bool {

@@ -9,12 +9,13 @@ use std::{
 use anyhow::{Result, anyhow, bail};
 use clap::builder::{PossibleValue, PossibleValuesParser, TypedValueParser};
 use lowbit::{Context, Linear, METHODS, Method, PackedLinear, QLinear, kernels};
+pub(crate) use lowbit_lm::read_file as read;
 use lowbit_lm::{
-    Checkpoint, Finished, Model, Protocol, Windows,
+    Checkpoint, Finished, Model, Protocol, Unpacked, Windows,
     quantize::{self, LayerReport},
 };
 
-use crate::progress;
+use crate::{counted, note, progress};
 
 const NAME: &str = "stories3m (embedded)";
 const CONFIG: &[u8] = include_bytes!("../../../models/stories3m/config.json");
@@ -23,17 +24,26 @@ const TOKENIZER: &[u8] = include_bytes!("../../../models/stories3m/tokenizer.jso
 
 /// Documents that the embedded model itself has written, so that it predicts them as well as they
 /// can be predicted: whatever a quantized version predicts worse is its own loss.
-pub(crate) const EVAL_TOKENS: &str = include_str!("../../../models/stories3m/eval.tokens");
+const EVAL_TOKENS: &str = include_str!("../../../models/stories3m/eval.tokens");
 
 /// Other documents of its own, for methods that look at a layer's inputs.
 const CALIBRATION_TOKENS: &str = include_str!("../../../models/stories3m/calibration.tokens");
 
 /// Opens `folder`, or the embedded model.
 pub(crate) fn open(folder: Option<&PathBuf>) -> Result<Checkpoint> {
-    Ok(match folder {
+    let checkpoint = match folder {
         Some(folder) => Checkpoint::open(folder)?,
         None => Checkpoint::from_bytes(NAME, CONFIG, WEIGHTS, TOKENIZER)?,
-    })
+    };
+    print_notes(checkpoint.notes());
+    Ok(checkpoint)
+}
+
+/// Says what is done without, of all that a file asks for.
+pub(crate) fn print_notes<'a>(notes: impl IntoIterator<Item = &'a String>) {
+    for note in notes {
+        eprintln!("note: {note}");
+    }
 }
 
 /// Knows the methods by name, and lists them with what they are.
@@ -49,9 +59,69 @@ pub(crate) fn kernel() -> impl TypedValueParser<Value = &'static str> {
         .try_map(|name| kernels().find(|&kernel| kernel == name).ok_or("no kernel of this CPU"))
 }
 
-/// Reads a file that the user named.
-pub(crate) fn read(file: &Path) -> Result<Vec<u8>> {
-    std::fs::read(file).map_err(|e| anyhow!("cannot read {}: {e}", file.display()))
+/// The model in memory, with a word on layers that no kernel takes.
+pub(crate) fn load(checkpoint: &Checkpoint) -> Result<Model> {
+    let model = Model::load(checkpoint)?;
+    say(&model.unpacked());
+    Ok(model)
+}
+
+/// Says which layers no kernel takes.
+pub(crate) fn say(unpacked: &[Unpacked]) {
+    Unpacked::sentences(unpacked).iter().for_each(|sentence| note(sentence));
+}
+
+/// A file of a text or of tokens, read before the model is, which takes longer.
+pub(crate) struct Text {
+    file: String,
+    bytes: Vec<u8>,
+}
+
+impl Text {
+    pub(crate) fn read(file: &Path) -> Result<Self> {
+        Ok(Self { file: file.display().to_string(), bytes: read(file)? })
+    }
+
+    /// Its windows; says so if they are tokens.
+    pub(crate) fn windows(&self, checkpoint: &Checkpoint, protocol: &Protocol) -> Result<Windows> {
+        let Self { file, bytes } = self;
+        let windows = Windows::from_bytes(checkpoint, file, bytes, protocol)?;
+        if Windows::is_token_file(file, bytes) {
+            let tokens = counted(windows.predicted(), "token");
+            let lines = counted(windows.len(), "line");
+            note(&format!("{file} is a file of tokens, not a text: read as {tokens} on {lines}"));
+        }
+        Ok(windows)
+    }
+}
+
+/// The windows to measure a loss on: those of `text`, or of eval.tokens of the model.
+pub(crate) fn windows_to_predict(
+    checkpoint: &Checkpoint,
+    folder: Option<&Path>,
+    text: Option<&Text>,
+    protocol: &Protocol,
+) -> Result<Windows> {
+    match (text, folder) {
+        (Some(text), _) => text.windows(checkpoint, protocol),
+        (None, Some(folder)) => {
+            own_windows(checkpoint, &folder.join("eval.tokens"), protocol, "--text")
+        }
+        (None, None) => {
+            Ok(Windows::from_bytes(checkpoint, "eval.tokens", EVAL_TOKENS.as_bytes(), protocol)?)
+        }
+    }
+}
+
+/// The windows of a token file that a model may have; `option` names another one.
+fn own_windows(
+    checkpoint: &Checkpoint,
+    file: &Path,
+    protocol: &Protocol,
+    option: &str,
+) -> Result<Windows> {
+    let bytes = read(file).map_err(|e| anyhow!("{e}; or give a text with {option} FILE"))?;
+    Ok(Windows::from_bytes(checkpoint, &file.display().to_string(), &bytes, protocol)?)
 }
 
 /// The texts that methods look at for statistics of the layers' inputs.
@@ -80,28 +150,26 @@ impl CalibrationOptions {
         needed: bool,
     ) -> Result<Option<Windows>> {
         let max_tokens = self.calibration_tokens.get();
-        if let Some(file) = &self.calibration {
-            let document_mark = self.document_mark.clone();
-            let protocol = Protocol { max_tokens, document_mark, ..Protocol::default() };
-            let text = read(file)?;
-            let file = file.display().to_string();
-            return Ok(Some(Windows::from_text(checkpoint, &file, &text, &protocol)?));
-        }
-        let file = folder.map(|folder| folder.join("calibration.tokens"));
-        let (file, tokens) = match &file {
-            None => ("calibration.tokens".to_string(), CALIBRATION_TOKENS.into()),
-            Some(_) if !needed => return Ok(None),
-            Some(file) => {
-                let tokens = std::fs::read_to_string(file).map_err(|e| {
-                    anyhow!(
-                        "cannot read {}: {e}; or give a text with --calibration FILE",
-                        file.display()
-                    )
-                })?;
-                (file.display().to_string(), tokens)
+        let mut protocol = Protocol { max_tokens, ..Protocol::default() };
+        let windows = match (&self.calibration, folder) {
+            (Some(file), _) => {
+                protocol.document_mark = self.document_mark.clone();
+                Text::read(file)?.windows(checkpoint, &protocol)?
+            }
+            (None, Some(_)) if !needed => return Ok(None),
+            (None, Some(folder)) => {
+                let file = folder.join("calibration.tokens");
+                own_windows(checkpoint, &file, &protocol, "--calibration")?
+            }
+            (None, None) => {
+                let (file, tokens) = ("calibration.tokens", CALIBRATION_TOKENS.as_bytes());
+                Windows::from_bytes(checkpoint, file, tokens, &protocol)?
             }
         };
-        Ok(Some(Windows::from_tokens(checkpoint.config(), &file, &tokens)?.first(max_tokens)))
+        if let Some(few) = windows.check_calibration(checkpoint.config())? {
+            note(&few);
+        }
+        Ok(Some(windows))
     }
 
     /// How to quantize a whole model on them.
@@ -111,7 +179,7 @@ impl CalibrationOptions {
         folded_scales_only: bool,
     ) -> quantize::Options<'a> {
         let true_sequential = self.true_sequential;
-        quantize::Options { true_sequential, folded_scales_only, finished }
+        quantize::Options { true_sequential, folded_scales_only, finished, left_out: &[] }
     }
 
     /// Refuses options that `method` does not look at.
@@ -137,17 +205,11 @@ impl CalibrationOptions {
     }
 }
 
-/// The layer packed for this CPU; for the reference, if no kernel computes such layers yet and none was
-/// asked for.
+/// The layer packed for a kernel; for the best of this CPU, or else the reference, if none was asked for.
 pub(crate) fn pack(layer: &QLinear, kernel: Option<&str>) -> lowbit::Result<Arc<dyn Linear>> {
-    let packed = match kernel {
-        Some(kernel) => PackedLinear::with_kernel(layer, kernel),
-        None => PackedLinear::new(layer),
-    };
-    match packed {
-        Ok(packed) => Ok(Arc::new(packed)),
-        Err(lowbit::Error::Unsupported { .. }) if kernel.is_none() => Ok(Arc::new(layer.clone())),
-        Err(e) => Err(e),
+    match kernel {
+        Some(kernel) => Ok(Arc::new(PackedLinear::with_kernel(layer, kernel)?)),
+        None => lowbit_lm::pack(layer),
     }
 }
 
@@ -177,5 +239,6 @@ pub(crate) fn quantize(
         },
     )?;
     bar.finish_and_clear();
+    say(&quantized.unpacked());
     Ok((quantized, reports))
 }

@@ -4,19 +4,24 @@ use std::{io::Write, num::NonZeroUsize, path::PathBuf};
 
 use anyhow::Result;
 use lowbit_lm::{
-    Model, Protocol, Windows,
+    Protocol,
     outliers::{self, Outliers},
 };
 use serde_json::json;
 
-use crate::{Threads, model, new_file::NewFile, plot, progress};
+use crate::{
+    Threads,
+    model::{self, Text},
+    new_file::NewFile,
+    plot, progress,
+};
 
 /// Options of `lowbit outliers`.
 #[derive(clap::Args)]
 pub(crate) struct Options {
     /// Folder of the model: config.json, tokenizer.json, model.safetensors
     model: PathBuf,
-    /// Text to run it on
+    /// Text or tokens to run it on
     #[arg(long, value_name = "FILE")]
     text: PathBuf,
     /// What stands between two documents, each of which then stands on its own
@@ -41,16 +46,15 @@ pub(crate) struct Options {
 pub(crate) fn run(options: &Options) -> Result<()> {
     let plot_file = options.plot.as_deref().map(NewFile::prepare).transpose()?;
     let mut ctx = options.threads.context()?;
-    let text = model::read(&options.text)?;
+    let text = Text::read(&options.text)?;
     let checkpoint = model::open(Some(&options.model))?;
     let protocol = Protocol {
         max_tokens: options.max_tokens.get(),
         document_mark: options.document_mark.clone(),
         ..Protocol::default()
     };
-    let file = options.text.display().to_string();
-    let windows = Windows::from_text(&checkpoint, &file, &text, &protocol)?;
-    let model = Model::load(&checkpoint)?;
+    let windows = text.windows(&checkpoint, &protocol)?;
+    let model = model::load(&checkpoint)?;
     let bar = progress(windows.predicted() + windows.len(), "activations");
     let found = outliers::find(&model, &windows, options.threshold, &mut ctx, |done| {
         bar.set_position(done as u64);

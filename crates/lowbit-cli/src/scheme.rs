@@ -26,7 +26,7 @@ f32, f16, bf16 or e8m0 for how scales are stored, is4 for scales that are intege
 Or a method of `compare`";
 
 /// Names that stand for a method of any width.
-const FAMILIES: &str = "rtn, gptq, awq, spqr or best";
+pub(crate) const FAMILIES: &str = "rtn, gptq, awq, spqr or best";
 
 /// Options that name a method.
 #[derive(clap::Args)]
@@ -85,6 +85,11 @@ impl MethodOptions {
             );
         }
         Ok(scheme)
+    }
+
+    /// Is the method one of those with any bits and group size?
+    pub(crate) fn is_family(&self) -> bool {
+        self.family().is_some()
     }
 
     /// A method of a family; `None` if it is none.

@@ -40,7 +40,9 @@ impl Copy {
         for file in ["config.json", "tokenizer.json", "model.safetensors"] {
             fs::copy(embedded().join(file), folder.path().join(file)).unwrap();
         }
-        fs::write(folder.path().join("text.txt"), "Once upon a time there was a cat.").unwrap();
+        // 20 tokens or so: enough to calibrate on, with a word that they are few.
+        let text = "Once upon a time there was a cat. The cat had a red ball and a big box.";
+        fs::write(folder.path().join("text.txt"), text).unwrap();
         Self(folder)
     }
 
@@ -122,7 +124,8 @@ fn methods_that_calibrate_do_so_on_a_text_and_continue_behind_finished_blocks() 
     assert!(copy.file("finished/smoothquant/block-0000.safetensors").exists());
     let other = [&compare[..5], &["llm-int8"], &options].concat();
     json(&other); // a folder for each method
-    fs::write(copy.file("other.txt"), "The dog saw a big red ball and ran.").unwrap();
+    let text = "The dog saw a big red ball and ran. ".repeat(80); // nothing to say about it
+    fs::write(copy.file("other.txt"), text).unwrap();
     let other = copy.file("other.txt");
     let other =
         [&compare[..6], &["--calibration", other.to_str().unwrap()], &options[2..]].concat();
@@ -153,6 +156,124 @@ fn eval_reports_the_perplexity_of_a_text() {
     let report: Value = serde_json::from_slice(&output.stdout).unwrap();
     assert!((1.0..1024.0).contains(&report["perplexity"].as_f64().unwrap()), "{report}");
     assert_eq!(report["windows"], 1);
+}
+
+#[test]
+fn tokens_are_read_as_tokens_and_said_to_be() {
+    let model = embedded();
+    let model = model.to_str().unwrap();
+    let folder = TempDir::new().unwrap();
+    let tokens = embedded().join("eval.tokens");
+    let (tokens, renamed) = (tokens.to_str().unwrap(), folder.path().join("story.txt"));
+    fs::copy(tokens, &renamed).unwrap();
+    let eval = |text: &[&str]| {
+        let output = lowbit(&[&["eval", model, "--json"][..], text].concat());
+        let report: Value = serde_json::from_slice(&output.stdout).unwrap();
+        assert_eq!(report["tokens"], 10_387);
+        (report["perplexity"].as_f64().unwrap(), String::from_utf8(output.stderr).unwrap())
+    };
+    let (own, said) = eval(&[]);
+    assert!((own - 8.378).abs() < 5e-4, "{own}"); // by PyTorch, models/README.md
+    assert_eq!(said, "");
+    for text in [tokens, renamed.to_str().unwrap()] {
+        let (perplexity, said) = eval(&["--text", text]);
+        assert_eq!(perplexity, own);
+        assert!(said.contains("is a file of tokens, not a text: read as "), "{said}");
+    }
+    let five = lowbit(&["eval", model, "--max-tokens", "5"]);
+    let five = String::from_utf8(five.stdout).unwrap();
+    assert!(five.ends_with("(5 tokens in 1 window)\n"), "{five}");
+    refuses(&["eval", model, "--text", tokens, "--window", "9"], &["a file of tokens", "window"]);
+
+    let weights = embedded().join("model.safetensors");
+    let weights = weights.to_str().unwrap();
+    refuses(&["eval", model, "--text", weights], &["expected a text in UTF-8, but byte"]);
+    refuses(&["outliers", model, "--text", weights], &["expected a text in UTF-8, but byte"]);
+    refuses(&["eval", folder.path().to_str().unwrap()], &["config.json", "No such file"]);
+}
+
+#[test]
+fn calibration_refuses_what_says_nothing_and_says_what_says_little() {
+    let model = embedded();
+    let model = model.to_str().unwrap();
+    let folder = TempDir::new().unwrap();
+    let (text, out) = (folder.path().join("text"), folder.path().join("out"));
+    let (text, out) = (text.to_str().unwrap(), out.to_str().unwrap());
+    let quantize =
+        ["quantize", model, "--method", "awq", "--out", out, "--calibration", text, "--json"];
+    for (bytes, word) in [
+        (&b"Hi there."[..], "tokens to calibrate on"),
+        (b"Once \xff upon", "byte 5 is 0xff"),
+        (b"PK\x03\x04 \xff", "it is a zip archive"),
+    ] {
+        fs::write(text, bytes).unwrap();
+        refuses(&quantize, &[word]);
+        assert!(!Path::new(out).exists());
+    }
+    fs::write(text, "Once upon a time there was a cat. ".repeat(8)).unwrap();
+    let output = lowbit(&quantize);
+    let said = String::from_utf8(output.stderr).unwrap();
+    assert!(output.status.success(), "{said}");
+    assert!(said.contains("give a text of at least 640 tokens"), "{said}");
+}
+
+#[test]
+#[cfg(unix)]
+fn what_never_ends_is_no_file_of_a_model() {
+    use std::os::unix::fs::symlink;
+    let refused = |copy: &Copy, file: &str, what: &str| {
+        let (model, text) = (copy.0.path().to_str().unwrap(), copy.file("text.txt"));
+        refuses(
+            &["eval", model, "--text", text.to_str().unwrap()],
+            &[file, "expected a file", what],
+        );
+    };
+    for file in ["config.json", "tokenizer.json", "model.safetensors", "text.txt"] {
+        let copy = Copy::new();
+        fs::remove_file(copy.file(file)).unwrap();
+        symlink("/dev/zero", copy.file(file)).unwrap();
+        refused(&copy, file, "a device");
+        fs::remove_file(copy.file(file)).unwrap();
+        assert!(Command::new("mkfifo").arg(copy.file(file)).status().unwrap().success());
+        refused(&copy, file, "a pipe");
+    }
+}
+
+#[test]
+fn files_of_another_kind_are_named() {
+    let weights = "model.safetensors";
+    let put = |bytes: &'static [u8]| move |to: &mut Vec<u8>| *to = bytes.to_vec();
+    Copy::new().edit(weights, put(b"GGUF\x03\0\0\0\0\0\0\0")).refused(&[weights, "GGUF file"]);
+    Copy::new()
+        .edit(weights, put(b"version https://git-lfs.github.com/spec/v1\noid sha256:00"))
+        .refused(&[weights, "git lfs pull"]);
+    Copy::new()
+        .edit("config.json", put(b"<!DOCTYPE html><html></html>"))
+        .refused(&["config.json", "web page"]);
+    Copy::new()
+        .edit("tokenizer.json", put(b"\x1f\x8b\x08\0\0"))
+        .refused(&["tokenizer.json", "gzip"]);
+    let copy = Copy::new();
+    fs::rename(copy.file(weights), copy.file("pytorch_model.bin")).unwrap();
+    copy.refused(&[weights, "save pytorch_model.bin"]);
+}
+
+#[test]
+fn rounding_to_nearest_needs_no_tokenizer_and_no_context() {
+    let copy = Copy::new().replace("config.json", "\"max_position_embeddings\": 512,", "");
+    let quantize = |copy: &Copy, out: &str| {
+        let out = copy.file(out);
+        let (model, out) = (copy.0.path().to_str().unwrap(), out.to_str().unwrap());
+        json(&["quantize", model, "--method", "int8", "--out", out, "--json"])["layers"]
+            .as_array()
+            .unwrap()
+            .len()
+    };
+    assert_eq!(quantize(&copy, "a"), 28);
+    let copy = copy.edit("tokenizer.json", |json| json.truncate(9));
+    assert_eq!(quantize(&copy, "b"), 28);
+    fs::remove_file(copy.file("tokenizer.json")).unwrap();
+    assert_eq!(quantize(&copy, "c"), 28);
 }
 
 #[test]
@@ -258,6 +379,8 @@ fn requests_that_make_no_sense_are_refused() {
         &["generate", model.to_str().unwrap(), "--prompt", "a", "--temperature", "-1"],
         &["temperature"],
     );
+    refuses(&["generate", "--prompt", "a", "--top-k", "3"], &["--top-k", "--temperature 1"]);
+    refuses(&["generate", "--prompt", "a", "--seed", "3"], &["--seed", "--temperature 1"]);
 }
 
 #[test]
@@ -438,7 +561,7 @@ fn a_run_that_was_killed_continues_and_gives_the_same_bytes() {
         .spawn()
         .unwrap();
     let part = copy.file("killed.part");
-    while !part.join("blocks/block-0001.safetensors").exists() {
+    while !part.join(".lowbit/blocks/block-0001.safetensors").exists() {
         assert!(child.try_wait().unwrap().is_none(), "it has ended");
         std::thread::sleep(Duration::from_millis(2));
     }
@@ -519,9 +642,9 @@ fn quantize_refuses_before_it_writes() {
         ("spqr", "gptq", "outliers"),
         ("llm-int8", "compressed-tensors", "outliers"),
         ("best-int4-g16", "awq", "two-level"),
-        ("nf4-g64", "gguf", "ggml cannot hold"),
-        ("gptq-int4-g128", "gguf", "ggml cannot hold"),
-        ("int4-g32", "bnb", "bitsandbytes int8 cannot hold"),
+        ("nf4-g64", "gguf", "NF4, groups of 64"),
+        ("gptq-int4-g128", "gguf", "--group-size 32 would do"),
+        ("int4-g32", "bnb", "anything but 8 bits"),
     ] {
         refuses(&quantize(method, format), &[method, format, words]);
         assert!(!Path::new(&part).exists() && !Path::new(out).exists());
@@ -531,6 +654,7 @@ fn quantize_refuses_before_it_writes() {
     refuses(&[&without[..], &["--bits", "4"]].concat(), &["smoothquant", "--bits"]);
     refuses(&quantize("gptq5", "lowbit"), &["gptq5", "gptq, awq, spqr or best"]);
     fs::create_dir(&part).unwrap();
+    fs::write(Path::new(&part).join("letter.txt"), "").unwrap();
     refuses(&quantize("int8", "lowbit"), &["int8", "--calibration"]);
     refuses(&quantize("int8", "lowbit")[..8], &["out.part", "no unfinished run"]);
     fs::create_dir(out).unwrap();
@@ -568,9 +692,11 @@ fn inspect_names_what_is_damaged() {
     assert!(lowbit(&args).status.success());
     let file = copy.file("out/model-00002-of-00005.safetensors");
     let mut bytes = fs::read(&file).unwrap();
-    // The last tensor of a block is the format of down_proj, those before it its row maxima.
-    let len = bytes.len();
-    bytes[len - 5..len - 1].copy_from_slice(&f32::NAN.to_le_bytes());
+    let header_len = 8 + u64::from_le_bytes(*bytes.first_chunk().unwrap()) as usize;
+    let header: Value = serde_json::from_slice(&bytes[8..header_len]).unwrap();
+    let row_maxima = &header["model.layers.0.mlp.down_proj.SCB"]["data_offsets"];
+    let last = header_len + row_maxima[1].as_u64().unwrap() as usize - 4;
+    bytes[last..last + 4].copy_from_slice(&f32::NAN.to_le_bytes());
     fs::write(&file, bytes).unwrap();
     let inspected = json(&["inspect", file.to_str().unwrap(), "--json"]);
     let damaged: Vec<_> = inspected["layers"]

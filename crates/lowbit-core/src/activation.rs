@@ -151,13 +151,13 @@ impl ActivationScheme {
     /// bfloat16 with other scales than a static 1.
     pub fn check(self) -> Result<()> {
         if self.dtype == ActivationType::Bf16 && self != Self::BF16 {
-            let what = format!("{:?}: bfloat16 has no scale", self.scales);
+            let what = format!("{} for bfloat16, which has none", self.scales);
             return Err(Error::Unsupported { by: "an activation scheme", what });
         }
         if let ActivationType::Float(format) = self.dtype
             && !format.is_signed()
         {
-            let what = format!("{format:?}, which has no negative numbers");
+            let what = format!("{}, which has no negative numbers", self.dtype);
             return Err(Error::Unsupported { by: "an activation scheme", what });
         }
         match self.scales {
@@ -169,7 +169,7 @@ impl ActivationScheme {
             ActivationScales::Static { zero_point, .. }
                 if zero_point != 0 && self.dtype != ActivationType::UInt8 =>
             {
-                let what = format!("{:?} with zero-point {zero_point}", self.dtype);
+                let what = format!("{} with zero-point {zero_point}", self.dtype);
                 Err(Error::Unsupported { by: "a symmetric activation scheme", what })
             }
             _ => Ok(()),

@@ -415,7 +415,7 @@ impl Fit {
     pub(crate) fn check(&self, scheme: QuantScheme) -> Result<()> {
         if !matches!(scheme.dtype, QuantType::Int { .. }) && self.rounding != Rounding::NearestEven
         {
-            let what = format!("{:?} to {:?}", self.rounding, scheme.dtype);
+            let what = format!("{} to {}", self.rounding, scheme.dtype);
             return Err(Error::Unsupported { by: "round to nearest", what });
         }
         let parameter = |what, value, expected| Err(Error::Parameter { what, value, expected });

@@ -31,6 +31,7 @@ extern crate alloc;
 mod activation;
 mod adapter;
 mod context;
+mod display;
 mod encoder;
 mod error;
 pub mod fake_quant;

@@ -510,7 +510,7 @@ impl QuantScheme {
             return Err(Error::EmptyBlock { rows, cols });
         }
         if !matches!(self.dtype, QuantType::Int { .. }) && self.zero != ZeroFormat::None {
-            let what = format!("a zero of {:?} for {:?}", self.zero, self.dtype);
+            let what = format!("{} for {}", self.zero, self.dtype);
             return Err(Error::Unsupported { by: "a scheme", what });
         }
         if self.zero.real() == Some(ScaleFormat::E8m0) {

@@ -26,12 +26,14 @@
 pub mod conventions;
 mod error;
 pub mod gguf;
+mod recognize;
 mod safetensors;
 mod sharded;
 mod source;
 mod tensor;
 
 pub use error::Error;
+pub use recognize::recognize;
 pub use safetensors::{Safetensors, write_safetensors};
 pub use sharded::Sharded;
 pub use source::{Dtype, TensorSource, TensorView};

@@ -4,7 +4,7 @@ use std::io::{self, Write};
 
 use safetensors::{SafeTensorError, tensor};
 
-use crate::{Dtype, Error, Result, TensorSource, TensorView};
+use crate::{Dtype, Error, Result, TensorSource, TensorView, recognize::not_tensors};
 
 const FORMAT: &str = "safetensors";
 
@@ -49,6 +49,13 @@ impl<S: AsRef<[u8]>> TensorSource for Safetensors<S> {
         self.tensors.iter().map(|(name, _)| name.as_str()).collect()
     }
 
+    fn names_under(&self, layer: &str) -> Vec<&str> {
+        let prefix = format!("{layer}.");
+        let start = self.tensors.partition_point(|(name, _)| *name < prefix);
+        let behind = self.tensors[start..].iter().map(|(name, _)| name.as_str());
+        behind.take_while(|name| name.starts_with(&prefix)).collect()
+    }
+
     fn tensor(&self, name: &str) -> Result<TensorView<'_>> {
         let missing = || Error::Missing { file: self.file.clone(), tensor: name.into() };
         let found = self.tensors.binary_search_by(|(n, _)| n.as_str().cmp(name));
@@ -66,7 +73,8 @@ impl<S: AsRef<[u8]>> TensorSource for Safetensors<S> {
     }
 }
 
-/// Writes a safetensors file; tensors keep their order.
+/// Writes a safetensors file. Tensors of wide elements come first, so that every element lies at a multiple of its
+/// size, as in files of the reference implementation; otherwise tensors keep their order.
 ///
 /// # Errors
 /// An [`io::Error`] of `to`; one of kind [`InvalidInput`](io::ErrorKind::InvalidInput) around an
@@ -93,8 +101,12 @@ pub fn write_safetensors(
         let metadata = metadata.iter().map(|(key, value)| (key.to_string(), (*value).into()));
         header.insert("__metadata__".into(), serde_json::Value::Object(metadata.collect()));
     }
+    let mut tensors: Vec<_> = tensors.iter().collect();
+    tensors.sort_by_key(|tensor| {
+        std::cmp::Reverse(tensor.dtype.block().map_or(0, |(_, bytes)| bytes))
+    });
     let mut end = 0;
-    for tensor in tensors {
+    for tensor in &tensors {
         let invalid = |error: Error| io::Error::new(io::ErrorKind::InvalidInput, error);
         let wrong = |reason: &str| invalid(tensor.error(reason.into()));
         if matches!(tensor.dtype, Dtype::Ggml(_)) || tensor.dtype.block().is_none() {
@@ -174,6 +186,9 @@ fn explain(file: &str, bytes: &[u8], error: &SafeTensorError) -> Error {
     let got = bytes.len() as u64;
     let truncated = |expected| Error::Truncated { file: file.into(), expected, got };
     let malformed = |reason: String| Error::Malformed { file: file.into(), format: FORMAT, reason };
+    if let Some(kind) = not_tensors(bytes) {
+        return malformed(format!("it is {kind}"));
+    }
     let Some((length, rest)) = bytes.split_first_chunk::<8>() else {
         return truncated(8);
     };

@@ -89,6 +89,12 @@ impl<S: AsRef<[u8]>> TensorSource for Sharded<S> {
         self.tensors.keys().map(String::as_str).collect()
     }
 
+    fn names_under(&self, layer: &str) -> Vec<&str> {
+        let prefix = format!("{layer}.");
+        let behind = self.tensors.range(prefix.clone()..).map(|(name, _)| name.as_str());
+        behind.take_while(|name| name.starts_with(&prefix)).collect()
+    }
+
     fn tensor(&self, name: &str) -> Result<TensorView<'_>> {
         match self.tensors.get(name) {
             Some(&shard) => self.shards[shard].tensor(name),

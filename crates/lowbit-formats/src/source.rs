@@ -16,6 +16,21 @@ pub trait TensorSource {
     /// The names of all tensors, sorted.
     fn names(&self) -> Vec<&str>;
 
+    /// The names that begin with `layer` and a dot, sorted.
+    ///
+    /// # Example
+    /// ```
+    /// use lowbit_formats::{Tensor, TensorSource};
+    ///
+    /// let tensors = ["up.weight", "up.bias", "upper.weight"].map(|name| Tensor::f32(name, vec![0], &[]));
+    /// assert_eq!(tensors.to_vec().names_under("up"), ["up.bias", "up.weight"]);
+    /// ```
+    fn names_under(&self, layer: &str) -> Vec<&str> {
+        let under =
+            |name: &&str| name.strip_prefix(layer).is_some_and(|rest| rest.starts_with('.'));
+        self.names().into_iter().filter(under).collect()
+    }
+
     /// The tensor called `name`.
     ///
     /// # Errors

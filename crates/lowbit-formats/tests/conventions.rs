@@ -5,12 +5,12 @@ use lowbit_core::{
     OutlierColumns, Outliers, QLinear, QMatrix, QuantScheme, QuantType, ScaleFormat, SparseRows,
     StepFormat, Transform, TwoLevel, ZeroFormat, f16,
 };
-use lowbit_dtypes::{Format, packed_len, unpack};
+use lowbit_dtypes::{Format, pack, packed_len, unpack};
 use lowbit_formats::{
     Dtype, Tensor, TensorSource,
     conventions::{
-        Awq, AwqVersion, Bnb4, BnbInt8, CompressedInt, CompressedPacked, Convention, Fp8, Ggml,
-        GptOss, Gptq, Lowbit, Mxfp4, Nvfp4, from_config,
+        Awq, AwqVersion, Bnb4, BnbInt8, CompressedFloat, CompressedInt, CompressedPacked,
+        Convention, Fp8, Ggml, GptOss, Gptq, Lowbit, Mlx, Mxfp4, Nvfp4, QuantizationConfig,
     },
     gguf::GgmlType,
 };
@@ -36,6 +36,11 @@ macro_rules! gptq {
 
 fn tensor(name: &str, dtype: Dtype, shape: &[usize], bytes: &[u8]) -> Tensor {
     Tensor::new(format!("l.{name}"), dtype, shape.to_vec(), bytes.to_vec())
+}
+
+/// The layer `l` of a model with this `quantization_config`.
+fn read(config: &serde_json::Value, tensors: &Vec<Tensor>) -> lowbit_formats::Result<QLinear> {
+    Ok(QuantizationConfig::parse(config)?.read(tensors, "l")?.unwrap().layer)
 }
 
 fn codes(weight: &QMatrix) -> Vec<u8> {
@@ -107,34 +112,41 @@ fn scattered_groups_become_a_permutation_of_the_input() {
 
 #[test]
 fn scattered_groups_of_compressed_tensors_do_so_too() {
-    for (bits, k) in [(4, 64), (3, 60)] {
+    for (bits, k) in [(4, 64), (3, 48)] {
         let plain = layer(8, k, QuantScheme::affine(bits, Granularity::PerGroup(16)));
-        let ct = CompressedPacked::default();
-        let tensors = ct.write(&plain, "l").unwrap();
-        assert!(tensors.tensor("l.weight_g_idx").is_err());
-        // The input from last to first; the last group may be shorter.
+        // The input from last to first: the file has the columns in the order of the features.
         let reversed = Transform::Permute((0..k as u32).rev().collect());
         let permuted = plain.clone().with_transforms(vec![reversed]).unwrap();
-        let mut written = ct.write(&permuted, "l").unwrap();
-        let g_idx: Vec<u8> =
-            (0..k as i32).rev().flat_map(|column| (column / 16).to_le_bytes()).collect();
-        assert_eq!(written.tensor("l.weight_g_idx").unwrap().bytes, g_idx);
-        let actorder =
-            &ct.config(&permuted).unwrap()["config_groups"]["group_0"]["weights"]["actorder"];
-        assert_eq!(actorder, "group");
-        let reader = CompressedPacked { bits: Some(bits), group_size: Some(16) };
-        let read = reader.read(&written, "l").unwrap();
+        let weight = plain.weight();
+        let (width, mut codes) = (u32::from(bits), Vec::new());
+        for mut row in self::codes(weight).chunks(k).map(<[u8]>::to_vec) {
+            row.reverse();
+            let mut packed = vec![0; packed_len(k, width)];
+            pack(width, &row, &mut packed).unwrap();
+            codes.extend(packed);
+        }
+        let (scales, zeros) = (weight.scales().to_vec(), weight.zeros().map(<[u8]>::to_vec));
+        let columns = QMatrix::from_parts(8, k, weight.scheme(), codes, scales, zeros).unwrap();
+        let ct = CompressedPacked::default();
+        let mut tensors = ct.write(&QLinear::new(columns), "l").unwrap();
+        let g_idx = |group: &dyn Fn(usize) -> i32| {
+            (0..k).flat_map(|column| group(column).to_le_bytes()).collect::<Vec<_>>()
+        };
+        let mut set = |bytes: Vec<u8>| {
+            tensors.retain(|tensor| tensor.name != "l.weight_g_idx");
+            tensors.push(Tensor::new("l.weight_g_idx", Dtype::I32, vec![k], bytes));
+            CompressedPacked { bits: Some(bits), group_size: Some(16) }.read(&tensors, "l")
+        };
+        let read = set(g_idx(&|column| ((k - 1 - column) / 16) as i32)).unwrap();
         let weight = |layer: &QLinear| layer.effective_weight().unwrap();
         assert_eq!(weight(&read), weight(&permuted));
-        // Unset.
-        let unset = written.iter_mut().find(|tensor| tensor.name == "l.weight_g_idx").unwrap();
-        unset.bytes.fill(0xff);
-        assert!(reader.read(&written, "l").unwrap().transforms().is_empty());
-        // Groups that are not all of one size are none.
-        let view = written.iter_mut().find(|tensor| tensor.name == "l.weight_g_idx").unwrap();
-        view.bytes.fill(0);
-        let error = reader.read(&written, "l").unwrap_err().to_string();
-        assert!(error.contains("weight_g_idx does not make 4 groups of one size"), "{error}");
+        assert!(set(g_idx(&|_| -1)).unwrap().transforms().is_empty()); // unset
+        let error = set(g_idx(&|_| 0)).unwrap_err().to_string();
+        let wrong = format!("weight_g_idx does not make {} groups of one size", k / 16);
+        assert!(error.contains(&wrong), "{error}");
+        // compressed-tensors itself looks at no such tensor any more.
+        let error = ct.write(&permuted, "l").unwrap_err().to_string();
+        assert!(error.contains("a transform of the input"), "{error}");
     }
 }
 
@@ -232,7 +244,7 @@ fn int8_of_bitsandbytes_is_code_times_row_maximum_over_127() {
         tensor("weight_format", Dtype::U8, &[], &[0]),
     ];
     let config = json!({"quant_method": "bitsandbytes", "load_in_8bit": true});
-    let layer = from_config(&config).unwrap().read(&tensors, "l").unwrap();
+    let layer = read(&config, &tensors).unwrap();
     assert_eq!(layer.outliers(), Some(&Outliers::Threshold(6.0)));
     for (w, expected) in
         layer.weight().dequantize().data().iter().zip([1.5, 0.0, -0.25, 16. / 127.])
@@ -372,7 +384,7 @@ fn microscaling_formats_have_the_bits_of_the_oracle() {
     ];
     let layer = Fp8::default().read(&mxfp8, "l").unwrap();
     assert_eq!(layer.weight().dequantize().data(), f32s(include_bytes!("golden/mxfp8_deq.f32")));
-    assert_eq!(Fp8::default().write(&layer, "l").unwrap(), mxfp8);
+    assert_eq!(CompressedFloat::default().write(&layer, "l").unwrap(), mxfp8);
 
     let global = f32s(include_bytes!("golden/nvfp4_global.f32"))[0];
     let nvfp4 = vec![
@@ -415,14 +427,13 @@ fn scales_of_fp8_have_many_shapes_and_two_senses() {
     let config = json!({
         "quant_method": "fp8", "weight_block_size": [2, 3], "weight_scale_semantics": "inverse"
     });
-    let inverse = from_config(&config).unwrap();
     let scales = Tensor::f32("l.weight_scale_inv", vec![2, 2], &blocks);
-    let layer = inverse.read(&vec![weight.clone(), scales], "l").unwrap();
+    let layer = self::read(&config, &vec![weight.clone(), scales]).unwrap();
     assert_eq!(layer.weight().dequantize().data()[11], 0.125);
     let error = read("weight_scale_inv", &[2, 3], &[1.0; 6], fp8).unwrap_err().to_string();
     assert_eq!(
         error,
-        "memory: tensor l.weight_scale_inv: its shape [2, 3] is no tensor, channels or blocks of 2 x 3 of 3 x 4 weights"
+        "memory: tensor l.weight_scale_inv: its shape [2, 3] is no tensor, channels, groups or blocks of 2 x 3 of 3 x 4 weights"
     );
 }
 
@@ -438,18 +449,39 @@ fn what_a_convention_cannot_hold_is_refused_by_name() {
     let odd = layer(7, 63, QuantScheme::symmetric(4, Granularity::PerGroup(32)));
     let gemv = Awq { version: AwqVersion::Gemv, group_size: None };
     let int8 = BnbInt8 { threshold: None };
-    let all: [(&dyn Convention, &QLinear, &str); 12] = [
+    let rest = layer(8, 72, QuantScheme::symmetric(4, Granularity::PerGroup(32)));
+    let large = layer(8, 72, QuantScheme::affine(8, Granularity::PerGroup(128)));
+    let e4m3 = |granularity, format| levels(QuantType::Float(Format::F8E4M3), granularity, format);
+    let channel = e4m3(Granularity::PerChannel, ScaleFormat::F32);
+    let f32_groups = e4m3(Granularity::PerGroup(32), ScaleFormat::F32);
+    let e5m2 = QuantType::Float(Format::F8E5M2);
+    let e5m2 = levels(e5m2, Granularity::PerChannel, ScaleFormat::F32);
+    let in_groups = "rows of 72 in groups of 32, only groups that divide rows";
+    let int8_only = layer(8, 64, QuantScheme::symmetric(8, Granularity::PerChannel));
+    let all: [(&dyn Convention, &QLinear, &str); 20] = [
+        (&Awq::default(), &rest, in_groups),
+        (&gemv, &rest, in_groups),
+        (&CompressedPacked::default(), &rest, in_groups),
+        (
+            &CompressedInt::default(),
+            &large,
+            "rows of 72 in groups of 128, only groups that divide rows",
+        ),
+        (&Fp8::default(), &channel, "scales (per channel), only blocks of 128 x 128"),
+        (&CompressedFloat::default(), &f32_groups, "f32 scales (groups of 32)"),
+        (&CompressedFloat::default(), &e5m2, "fp8 E5M2 codes, only fp8 E4M3"),
         (&Gptq::default(), &int5, "codes of 5 bits, only of 2, 3, 4 or 8"),
-        (&Gptq::default(), &real, "zeros as Real(F16)"),
+        (&Gptq::default(), &real, "real zero-points in f16"),
         (&Gptq::default(), &w8a8, "quantized activations"),
         (&Gptq::default(), &hadamard, "a transform of the input but a permutation"),
-        (&Gptq::default(), &tensor, "scales PerTensor"),
+        (&Gptq::default(), &tensor, "scales (per tensor)"),
         (&Awq::default(), &int5, "codes of 5 bits, only of 4"),
         (&Awq::default(), &odd, "7 outputs, only multiples of 8"),
         (&gemv, &odd, "63 inputs, only multiples of 8"),
         (&int8, &int4, "anything but 8 bits, symmetric, a scale per channel"),
         (&CompressedInt::default(), &int4, "anything but codes of 8 bits"),
-        (&CompressedPacked::default(), &hadamard, "a transform of the input but a permutation"),
+        (&CompressedInt::default(), &int8_only, "inputs in f32, which are for pack-quantized"),
+        (&CompressedPacked::default(), &hadamard, "a transform of the input"),
         (&Ggml, &odd, "rows of 63 in Q4_0, only multiples of 32"),
     ];
     for (convention, layer, expected) in all {
@@ -463,6 +495,11 @@ fn the_convention_is_found_in_the_configuration_that_it_writes() {
     let int4 = layer(64, 64, QuantScheme::affine(4, Granularity::PerGroup(32)));
     let int8 = layer(64, 64, QuantScheme::symmetric(8, Granularity::PerChannel));
     let w8a8 = int8.clone().with_activation(Some(ActivationScheme::INT8_PER_TOKEN));
+    let zero = ZeroFormat::Offset(ScaleFormat::F16);
+    let offset = self::layer(8, 64, QuantScheme { zero, ..int4.weight().scheme() });
+    let scales = ActivationScales::Static { scale: 0.5, zero_point: 0 };
+    let fixed = ActivationScheme { dtype: ActivationType::Int8, scales };
+    let fixed = int8.clone().with_activation(Some(fixed));
     let nf4 = levels(QuantType::NF4, Granularity::PerGroup(32), ScaleFormat::F32);
     let e4m3 = QuantType::Float(Format::F8E4M3);
     let fp8 = levels(e4m3, Granularity::PerBlock(32, 32), ScaleFormat::Bf16);
@@ -470,7 +507,15 @@ fn the_convention_is_found_in_the_configuration_that_it_writes() {
     let mxfp4 = levels(e2m1, Granularity::PerGroup(32), ScaleFormat::E8m0);
     let two = ScaleFormat::TwoLevel(TwoLevel::NVFP4);
     let nvfp4 = levels(e2m1, Granularity::PerGroup(16), two);
-    let all: [(&dyn Convention, &QLinear); 13] = [
+    let float = |granularity, format| levels(e4m3, granularity, format);
+    let tensor = float(Granularity::PerTensor, ScaleFormat::F32);
+    let channel = float(Granularity::PerChannel, ScaleFormat::F16);
+    let mxfp8 = float(Granularity::PerGroup(32), ScaleFormat::E8m0);
+    let all: [(&dyn Convention, &QLinear); 18] = [
+        (&CompressedFloat::default(), &tensor),
+        (&CompressedFloat::default(), &channel),
+        (&CompressedFloat { block: (32, 32) }, &fp8),
+        (&CompressedFloat::default(), &mxfp8),
         (&Lowbit, &w8a8),
         (&Bnb4, &nf4),
         (&Fp8 { block: (32, 32), divides: false }, &fp8),
@@ -482,28 +527,33 @@ fn the_convention_is_found_in_the_configuration_that_it_writes() {
         (&Awq::default(), &int4),
         (&Awq { version: AwqVersion::Gemv, group_size: None }, &int4),
         (&CompressedPacked::default(), &int4),
-        (&CompressedInt { dynamic: false }, &int8),
+        (&CompressedInt { dynamic: false }, &fixed),
         (&CompressedInt { dynamic: true }, &w8a8),
+        (&Mlx { bits: Some(4), group_size: Some(32) }, &offset),
     ];
     for (convention, layer) in all {
-        let found = from_config(&convention.config(layer).unwrap()).unwrap();
         let tensors = convention.write(layer, "l").unwrap();
-        assert!(found.holds(&tensors, "l"));
-        assert_eq!(found.read(&tensors, "l").unwrap(), *layer, "{convention:?}");
+        assert!(convention.holds(&tensors, "l"));
+        // The experts of gpt-oss are under names of their own.
+        let read = read(&convention.config(layer).unwrap(), &tensors).unwrap();
+        assert_eq!(read, *layer, "{convention:?}");
     }
     for (config, expected) in [
         (json!({}), "quantization_config: it has no quant_method"),
-        (json!({"quant_method": "quip"}), "quantization_config: the quant_method \"quip\""),
+        (
+            json!({"quant_method": "quip"}),
+            "quantization_config: tensors of the quant_method quip are",
+        ),
         (
             json!({"quant_method": "gptq", "checkpoint_format": "marlin"}),
-            "quantization_config: the checkpoint_format \"marlin\" is not supported",
+            "quantization_config: checkpoint_format of gptq is \"marlin\", expected \"gptq\" or",
         ),
         (
             json!({"quant_method": "awq", "version": "marlin"}),
-            "quantization_config: version \"marlin\" of awq is not supported",
+            "quantization_config: version of awq is \"marlin\", expected \"gemm\" or \"gemv\"",
         ),
     ] {
-        let error = from_config(&config).unwrap_err().to_string();
+        let error = QuantizationConfig::parse(&config).unwrap_err().to_string();
         assert!(error.starts_with(expected), "{error}");
     }
 }
@@ -550,13 +600,17 @@ fn conventions() -> Vec<(Box<dyn Convention>, Vec<QuantScheme>)> {
         (Box::new(GptOss { experts: 4 }), vec![levels(e2m1, group(32), ScaleFormat::E8m0)]),
         (Box::new(Nvfp4 { reciprocal: false }), vec![levels(e2m1, group(16), nvfp4)]),
         (
-            Box::new(Fp8::default()),
+            Box::new(CompressedFloat { block: (4, 32) }),
             vec![
                 levels(e4m3, Granularity::PerTensor, ScaleFormat::F32),
                 levels(e4m3, Granularity::PerChannel, ScaleFormat::Bf16),
-                levels(e4m3, Granularity::PerBlock(128, 128), ScaleFormat::F32),
-                levels(QuantType::Float(Format::F8E5M2), group(32), ScaleFormat::E8m0),
+                levels(e4m3, Granularity::PerBlock(4, 32), ScaleFormat::F32),
+                levels(e4m3, group(32), ScaleFormat::E8m0),
             ],
+        ),
+        (
+            Box::new(Fp8::default()),
+            vec![levels(e4m3, Granularity::PerBlock(128, 128), ScaleFormat::F32)],
         ),
         (
             Box::new(Lowbit),
@@ -570,7 +624,15 @@ fn conventions() -> Vec<(Box<dyn Convention>, Vec<QuantScheme>)> {
         (Box::new(Gptq::default()), schemes(&[2, 3, 4, 8], &symmetric)),
         (Box::new(Awq::default()), schemes(&[4], &both)),
         (Box::new(CompressedPacked::default()), schemes(&[1, 2, 3, 4, 5, 6, 7, 8], &both)),
-        (Box::new(CompressedInt::default()), schemes(&[8], &both)),
+        (Box::new(CompressedInt { dynamic: true }), schemes(&[8], &both)),
+        (
+            Box::new(Mlx { bits: Some(6), group_size: Some(32) }),
+            vec![QuantScheme {
+                zero: ZeroFormat::Offset(ScaleFormat::Bf16),
+                scale_format: ScaleFormat::Bf16,
+                ..QuantScheme::symmetric(6, Granularity::PerGroup(32))
+            }],
+        ),
         (
             Box::new(Ggml),
             vec![
@@ -586,10 +648,16 @@ fn conventions() -> Vec<(Box<dyn Convention>, Vec<QuantScheme>)> {
     ]
 }
 
+/// With the inputs that a convention asks for.
+fn with_inputs(convention: &dyn Convention, layer: QLinear) -> QLinear {
+    let inputs = convention.name().ends_with("int-quantized");
+    layer.with_activation(inputs.then_some(ActivationScheme::INT8_PER_TOKEN))
+}
+
 proptest! {
     #[test]
     fn what_is_written_is_read(
-        convention in 0..12_usize,
+        convention in 0..14_usize,
         scheme in any::<prop::sample::Index>(),
         rows in 1..5_usize,
         cols in 1..5_usize,
@@ -606,7 +674,7 @@ proptest! {
         });
         let weight = QMatrix::quantize(w.as_ref(), scheme).unwrap();
         let bias = bias.then(|| (0..n).map(|i| i as f32).collect());
-        let layer = QLinear::new(weight).with_bias(bias).unwrap();
+        let layer = with_inputs(&**convention, QLinear::new(weight).with_bias(bias).unwrap());
         let tensors = convention.write(&layer, "l").unwrap();
         prop_assert!(convention.holds(&tensors, "l"));
         let read = convention.read(&tensors, "l").unwrap();
@@ -638,7 +706,7 @@ proptest! {
 
     #[test]
     fn wrong_tensors_are_errors(
-        convention in 0..12_usize,
+        convention in 0..14_usize,
         scheme in any::<prop::sample::Index>(),
         tensor in any::<prop::sample::Index>(),
         shape in prop::collection::vec(prop_oneof![0..70_usize, Just(usize::MAX)], 0..4),
@@ -648,6 +716,7 @@ proptest! {
     ) {
         let (convention, schemes) = &conventions()[convention];
         let layer = layer(16, 64, schemes[scheme.index(schemes.len())]);
+        let layer = with_inputs(&**convention, layer);
         let mut tensors = convention.write(&layer, "l").unwrap();
         let at = tensor.index(tensors.len());
         let types = [Dtype::F32, Dtype::F16, Dtype::I8, Dtype::I32, Dtype::I64, Dtype::U8];

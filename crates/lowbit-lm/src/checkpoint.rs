@@ -3,8 +3,8 @@ use std::{borrow::Cow, collections::BTreeSet, path::Path};
 use lowbit::{
     Mat, QLinear,
     formats::{
-        Safetensors, TensorSource, TensorView,
-        conventions::{self, Convention, Ggml},
+        self, Dtype, Safetensors, TensorSource, TensorView,
+        conventions::{QuantizationConfig, Stored},
     },
 };
 use serde_json::Value;
@@ -19,8 +19,8 @@ use crate::{
 /// `model.safetensors.index.json`), or else `model.gguf` with the names of llama.cpp.
 ///
 /// Weights stay in their file until a [`Model`](crate::Model) asks for them, one layer at a time. Linear
-/// layers of the blocks may be quantized, in any convention of [`conventions`]; the
-/// `quantization_config` of `config.json` says which.
+/// layers, embedding and head may be quantized, each in the convention of
+/// [`conventions`](formats::conventions) that its own tensors show.
 ///
 /// # Example
 /// ```no_run
@@ -33,8 +33,9 @@ pub struct Checkpoint {
     config: Config,
     tokenizer: Tokenizer,
     tensors: Tensors,
-    /// How linear layers that are quantized are stored.
-    convention: Option<Box<dyn Convention>>,
+    /// What config.json says of quantized layers.
+    quantization: QuantizationConfig,
+    notes: Vec<String>,
 }
 
 /// The weights of one linear layer, in f32, on their way to whatever will multiply with them.
@@ -63,11 +64,11 @@ impl Checkpoint {
         let json = read(&path("config.json"))?;
         let config = Config::parse(&name("config.json"), &json)?;
         let tokenizer = Tokenizer::parse(&name("tokenizer.json"), &read(&path("tokenizer.json"))?)?;
-        let (tensors, convention) = match holds_gguf(folder) {
-            true => (Tensors::open_llama_gguf(folder, &config)?, Some(Box::new(Ggml) as Box<_>)),
-            false => (Tensors::open(folder)?, convention(&json)?),
+        let (tensors, quantization) = match holds_gguf(folder) {
+            true => (Tensors::open_llama_gguf(folder, &config)?, QuantizationConfig::default()),
+            false => (Tensors::open(folder)?, quantization_config(folder)?),
         };
-        Self::new(folder.display().to_string(), config, convention, tokenizer, tensors)
+        Self::new(folder.display().to_string(), config, quantization, tokenizer, tensors)
     }
 
     /// The same from the contents of the three files, for a model that is part of a program; error
@@ -81,23 +82,38 @@ impl Checkpoint {
         safetensors: impl Into<Cow<'static, [u8]>>,
         tokenizer: &[u8],
     ) -> Result<Self> {
-        let convention = convention(config)?;
+        let quantization = parse(config)?.unwrap_or_default();
         let config = Config::parse(&format!("{name}/config.json"), config)?;
         let tokenizer = Tokenizer::parse(&format!("{name}/tokenizer.json"), tokenizer)?;
         let tensors = Safetensors::new(format!("{name}/model.safetensors"), safetensors.into())?;
-        Self::new(name.into(), config, convention, tokenizer, Tensors::in_memory(tensors))
+        Self::new(name.into(), config, quantization, tokenizer, Tensors::in_memory(tensors))
     }
 
     fn new(
         name: String,
         config: Config,
-        convention: Option<Box<dyn Convention>>,
+        quantization: QuantizationConfig,
         tokenizer: Tokenizer,
         tensors: Tensors,
     ) -> Result<Self> {
-        let checkpoint = Self { name, config, tokenizer, tensors, convention };
-        checkpoint.check()?;
+        let notes = Vec::new();
+        let mut checkpoint = Self { name, config, tokenizer, tensors, quantization, notes };
+        checkpoint.notes = checkpoint.check()?;
         Ok(checkpoint)
+    }
+
+    /// What is done without, of all that the files ask for, such as an FP8 KV cache: sentences to be shown
+    /// to whoever runs the model.
+    ///
+    /// # Example
+    /// ```no_run
+    /// for note in lowbit_lm::Checkpoint::open("Llama-3.1-8B-FP8-KV")?.notes() {
+    ///     eprintln!("note: {note}");
+    /// }
+    /// # Ok::<(), lowbit_lm::Error>(())
+    /// ```
+    pub fn notes(&self) -> &[String] {
+        &self.notes
     }
 
     /// The folder, or the name given to [`from_bytes`](Self::from_bytes).
@@ -142,12 +158,26 @@ impl Checkpoint {
     /// # Errors
     /// [`Error::Format`] if its tensors make no layer.
     pub fn quantized(&self, name: &str) -> Result<Option<QLinear>> {
-        match &self.convention {
-            Some(convention) if convention.holds(&self.tensors, name) => {
-                Ok(Some(convention.read(&self.tensors, name)?))
-            }
-            _ => Ok(None),
+        Ok(self.stored(name)?.map(|stored| stored.layer))
+    }
+
+    /// The same with how it is stored.
+    fn stored(&self, name: &str) -> Result<Option<Stored>> {
+        let Some(mut stored) = self.quantization.read(&self.tensors, name)? else {
+            return Ok(None);
+        };
+        let bias = stored.layer.bias();
+        if bias.is_some_and(is_zero) && !self.expects_bias(name) {
+            let plain = stored.layer.clone().with_bias(None);
+            stored.layer = plain.map_err(|cause| Error::Layer { layer: name.into(), cause })?;
         }
+        Ok(Some(stored))
+    }
+
+    /// Does config.json announce a bias of the layer called `name`?
+    fn expects_bias(&self, name: &str) -> bool {
+        let block = name.split('.').nth(2).and_then(|block| block.parse().ok()).unwrap_or(0);
+        block_linears(&self.config, block).iter().any(|spec| spec.name == name && spec.bias)
     }
 
     /// The weights of the linear layer called `name`, one of [`linear_names`](Self::linear_names),
@@ -165,15 +195,26 @@ impl Checkpoint {
             });
         }
         let bias = format!("{name}.bias");
+        let has_bias = self.expects_bias(name);
         Ok(LinearWeights {
             name: name.into(),
             weight: self.matrix(&format!("{name}.weight"))?,
-            bias: self.tensors.tensor(&bias).is_ok().then(|| self.vector(&bias)).transpose()?,
+            bias: has_bias.then(|| self.vector(&bias)).transpose()?,
         })
     }
 
     /// Rows of the embedding, `(tokens, hidden_size)`.
     pub(crate) fn embed(&self, tokens: &[u32]) -> Result<Vec<f32>> {
+        if let Some(layer) = self.quantized_matrix(EMBEDDING)? {
+            let vocab_size = self.config.vocab_size;
+            if let Some(&token) = tokens.iter().find(|&&token| token as usize >= vocab_size) {
+                return Err(Error::Token { token, vocab_size });
+            }
+            let mut rows = Mat::zeros(tokens.len(), self.config.hidden_size);
+            let done = layer.weight().dequantize_rows(tokens, rows.as_mut());
+            done.map_err(|cause| Error::Layer { layer: EMBEDDING.into(), cause })?;
+            return Ok(rows.data().to_vec());
+        }
         let all = self.tensors.tensor(EMBEDDING)?;
         let len = all.bytes.len() / self.config.vocab_size;
         let mut rows = Vec::with_capacity(tokens.len() * self.config.hidden_size);
@@ -190,7 +231,20 @@ impl Checkpoint {
         Ok(self.tensors.tensor(name)?.to_f32()?)
     }
 
+    /// The layer of a weight called `name`, embedding or head, if it is quantized.
+    fn quantized_matrix(&self, name: &str) -> Result<Option<QLinear>> {
+        match self.tensors.tensor(name).map(|tensor| tensor.dtype) {
+            // These are decoded from where they are.
+            Ok(Dtype::F32 | Dtype::F16 | Dtype::Bf16 | Dtype::Ggml(_)) => Ok(None),
+            _ => self.quantized(name.strip_suffix(".weight").unwrap_or(name)),
+        }
+    }
+
     pub(crate) fn matrix(&self, name: &str) -> Result<Mat<f32>> {
+        if let Some(layer) = self.quantized_matrix(name)? {
+            let weight = layer.effective_weight();
+            return weight.map_err(|cause| Error::Layer { layer: name.into(), cause });
+        }
         let tensor = self.tensors.tensor(name)?;
         let [rows, cols] = *tensor.shape else {
             return Err(Error::TensorShape {
@@ -204,64 +258,132 @@ impl Checkpoint {
             .map_err(|cause| Error::Layer { layer: name.into(), cause })
     }
 
-    /// Are all tensors there, of the right shape and type, finite, and no others?
-    fn check(&self) -> Result<()> {
+    /// Are all tensors there, of the right shape and type, finite, and no others? Gives what is to be noted.
+    fn check(&self) -> Result<Vec<String>> {
         let c = &self.config;
-        let mut known = BTreeSet::new();
-        let mut check = |name: String, shape: &[usize]| {
-            self.check_tensor(&name, shape)?;
-            known.insert(name);
-            Ok::<(), Error>(())
-        };
-        check(EMBEDDING.into(), &[c.vocab_size, c.hidden_size])?;
+        let mut checked = Checked::default();
+        self.check_matrix(EMBEDDING, (c.vocab_size, c.hidden_size), &mut checked)?;
         for layer in 0..c.num_hidden_layers {
             // What the blocks before had in memory is not looked at again.
             self.tensors.release();
             for norm in block_norms(layer) {
-                check(norm, &[c.hidden_size])?;
+                self.check_tensor(&norm, &[c.hidden_size])?;
+                checked.known.insert(norm);
             }
-            for LinearSpec { name, shape, bias } in block_linears(c, layer) {
-                if let Some(layer) = self.quantized(&name)? {
-                    let got = (layer.weight().rows(), layer.weight().cols());
-                    if got != shape {
-                        return Err(Error::LayerShape { layer: name, expected: shape, got });
-                    }
-                    if layer.bias().is_some() != bias {
-                        let with = if bias { "with" } else { "without" };
-                        return Err(Error::Invalid(format!(
-                            "{name}: expected a layer {with} bias"
-                        )));
-                    }
-                    continue;
-                }
-                check(format!("{name}.weight"), &[shape.0, shape.1])?;
-                if bias {
-                    check(format!("{name}.bias"), &[shape.0])?;
-                }
+            for spec in block_linears(c, layer) {
+                self.check_linear(spec, &mut checked)?;
             }
         }
-        check(NORM.into(), &[c.hidden_size])?;
+        self.check_tensor(NORM, &[c.hidden_size])?;
+        checked.known.insert(NORM.into());
         if !c.tie_word_embeddings {
-            check(HEAD.into(), &[c.vocab_size, c.hidden_size])?;
+            self.check_matrix(HEAD, (c.vocab_size, c.hidden_size), &mut checked)?;
         }
-        // An ignored tensor, such as a bias that config.json does not announce, would silently
-        // give wrong results. Two are known to be redundant: rotary frequencies, and a tied head.
-        let unknown = |name: &&str| {
-            let redundant = name.ends_with(".rotary_emb.inv_freq") || *name == HEAD;
-            !known.contains(*name) && !redundant
-        };
-        let names = match self.convention {
-            // A convention knows which tensors its layers have.
-            Some(_) => self.other_names(),
-            None => self.tensors.names(),
-        };
-        match names.into_iter().find(unknown) {
-            None => Ok(()),
-            Some(name) => Err(Error::TensorUnknown {
-                file: self.tensors.tensor(name)?.file.into(),
-                tensor: name.into(),
-            }),
+        self.check_others(&mut checked)?;
+        if let Some(method) = self.quantization.method()
+            && checked.quantized.is_empty()
+        {
+            return Err(Error::Invalid(format!(
+                "{}: the quantization_config says {method}, but no layer is quantized: take it out of \
+                 config.json if the weights are right as they are",
+                self.name
+            )));
         }
+        let notes = checked.notes.into_iter().map(String::from);
+        let all: BTreeSet<_> = notes.chain(self.quantization.notes().iter().cloned()).collect();
+        Ok(all.into_iter().collect())
+    }
+
+    fn check_linear(&self, spec: LinearSpec, checked: &mut Checked) -> Result<()> {
+        let LinearSpec { name, shape, bias } = spec;
+        if let Some(Stored { layer, notes, .. }) = self.stored(&name)? {
+            let got = (layer.weight().rows(), layer.weight().cols());
+            if got != shape {
+                return Err(Error::LayerShape { layer: name, expected: shape, got });
+            }
+            match (bias, layer.bias()) {
+                (true, None) => {
+                    self.tensors.tensor(&format!("{name}.bias"))?;
+                }
+                (false, Some(_)) => return Err(self.unexpected_bias(&name)),
+                (true, Some(_)) | (false, None) => {}
+            }
+            checked.notes.extend(notes);
+            checked.quantized.insert(name);
+            return Ok(());
+        }
+        let (weight, own) = (format!("{name}.weight"), format!("{name}.bias"));
+        self.check_tensor(&weight, &[shape.0, shape.1])?;
+        checked.known.insert(weight);
+        if bias {
+            self.check_tensor(&own, &[shape.0])?;
+            checked.known.insert(own);
+        }
+        Ok(())
+    }
+
+    fn unexpected_bias(&self, layer: &str) -> Error {
+        Error::Invalid(format!(
+            "{}: tensor {layer}.bias is not zero, but config.json announces no bias there: set \
+             attention_bias or mlp_bias if the model has one",
+            self.name
+        ))
+    }
+
+    /// Embedding or head.
+    fn check_matrix(&self, name: &str, shape: (usize, usize), checked: &mut Checked) -> Result<()> {
+        let layer = name.strip_suffix(".weight").unwrap_or(name);
+        let Some(quantized) = self.quantized_matrix(name)? else {
+            self.check_tensor(name, &[shape.0, shape.1])?;
+            checked.known.insert(name.into());
+            return Ok(());
+        };
+        let got = (quantized.weight().rows(), quantized.weight().cols());
+        if got != shape {
+            return Err(Error::LayerShape { layer: layer.into(), expected: shape, got });
+        }
+        // Only their weights are looked at.
+        if quantized.bias().is_some() {
+            return Err(self.unexpected_bias(layer));
+        }
+        if name == EMBEDDING && !quantized.transforms().is_empty() {
+            return Err(Error::Invalid(format!(
+                "{layer}: expected an embedding without a transform of its input"
+            )));
+        }
+        checked.quantized.insert(layer.into());
+        Ok(())
+    }
+
+    /// An ignored tensor, such as a bias that config.json does not announce, would silently give wrong
+    /// results. Two are known to be redundant: rotary frequencies, and a tied head.
+    fn check_others(&self, checked: &mut Checked) -> Result<()> {
+        for name in self.tensors.names() {
+            let of_layer =
+                name.match_indices('.').any(|(dot, _)| checked.quantized.contains(&name[..dot]));
+            let redundant = name.ends_with(".rotary_emb.inv_freq") || name == HEAD;
+            if of_layer || redundant || checked.known.contains(name) {
+                continue;
+            }
+            if let Some(note) = self.quantization.passes_over(name) {
+                checked.notes.insert(note);
+                continue;
+            }
+            let file = self.tensors.tensor(name)?.file.to_string();
+            let tensor = name.to_string();
+            let beside = |(dot, _)| checked.known.contains(&format!("{}.weight", &name[..dot]));
+            return Err(match name.match_indices('.').any(beside) && !name.ends_with(".bias") {
+                true => Error::Format(formats::Error::Tensor {
+                    file,
+                    tensor,
+                    reason: "it lies beside weights in floats, to which it might mean something: it is not \
+                             known"
+                        .into(),
+                }),
+                false => Error::TensorUnknown { file, tensor },
+            });
+        }
+        Ok(())
     }
 
     fn check_tensor(&self, name: &str, expected: &[usize]) -> Result<()> {
@@ -286,12 +408,13 @@ impl Checkpoint {
 
 impl std::fmt::Debug for Checkpoint {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        let Self { name, config, tokenizer, tensors: _, convention } = self;
+        let Self { name, config, tokenizer, tensors: _, quantization, notes } = self;
         f.debug_struct("Checkpoint")
             .field("name", name)
             .field("config", config)
             .field("tokenizer", tokenizer)
-            .field("convention", convention)
+            .field("quantization", quantization)
+            .field("notes", notes)
             .finish_non_exhaustive()
     }
 }
@@ -333,10 +456,56 @@ pub(crate) fn block_norms(layer: usize) -> [String; 2] {
         .map(|norm| format!("model.layers.{layer}.{norm}.weight"))
 }
 
-/// How the layers of a model with this config.json are quantized.
-fn convention(json: &[u8]) -> Result<Option<Box<dyn Convention>>> {
+/// What has been checked.
+#[derive(Default)]
+struct Checked {
+    /// Tensors.
+    known: BTreeSet<String>,
+    /// Layers, which know all tensors under their names.
+    quantized: BTreeSet<String>,
+    notes: BTreeSet<&'static str>,
+}
+
+fn is_zero(numbers: &[f32]) -> bool {
+    numbers.iter().all(|&x| x == 0.0)
+}
+
+/// What the config.json of a folder, or a file beside it such as quantize_config.json, says of quantized
+/// layers; the default if nothing does.
+///
+/// # Errors
+/// [`Error::Io`], [`Error::File`], or [`Error::Format`] for a configuration that is not supported.
+///
+/// # Example
+/// ```no_run
+/// let config = lowbit_lm::quantization_config("Llama-2-7B-GPTQ".as_ref())?;
+/// assert_eq!(config.method(), Some("gptq"));
+/// # Ok::<(), lowbit_lm::Error>(())
+/// ```
+pub fn quantization_config(folder: &Path) -> Result<QuantizationConfig> {
+    let config = folder.join("config.json");
+    if config.exists()
+        && let Some(found) = parse(&read(&config)?)?
+    {
+        return Ok(found);
+    }
+    for file in QuantizationConfig::FILES.map(|file| folder.join(file)) {
+        if !file.exists() {
+            continue;
+        }
+        let json: Value = serde_json::from_slice(&read(&file)?).map_err(|e| Error::File {
+            file: file.display().to_string(),
+            reason: format!("expected a JSON text, but {e}"),
+        })?;
+        return Ok(QuantizationConfig::parse(&json)?);
+    }
+    Ok(QuantizationConfig::default())
+}
+
+/// What a config.json says of quantized layers.
+fn parse(json: &[u8]) -> Result<Option<QuantizationConfig>> {
     // What is no JSON is refused by the parser of the rest.
     let config: Option<Value> = serde_json::from_slice(json).ok();
-    let quantization = config.as_ref().and_then(|config| config.get("quantization_config"));
-    Ok(quantization.map(conventions::from_config).transpose()?)
+    let found = config.as_ref().map(QuantizationConfig::from_model).transpose()?;
+    Ok(found.flatten())
 }

@@ -1,6 +1,6 @@
 use serde_json::{Map, Value};
 
-use crate::{Error, Result};
+use crate::{Error, Result, RopeScaling, files::not_json, rope};
 
 /// The shape of a decoder, as config.json gives it; fields have their names there.
 ///
@@ -40,7 +40,7 @@ pub struct Config {
     /// The base of the rotary frequencies.
     pub rope_theta: f32,
     /// Slower rotary frequencies for a longer context.
-    pub rope_scaling: Option<Llama3Scaling>,
+    pub rope_scaling: Option<RopeScaling>,
     /// The head is the embedding.
     pub tie_word_embeddings: bool,
     /// q, k and v have a bias.
@@ -55,21 +55,6 @@ pub struct Config {
     pub eos_token_id: Vec<u32>,
 }
 
-/// Llama 3's rule for stretching rotary frequencies: those of wavelengths beyond
-/// `original / low_freq_factor` tokens are divided by `factor`, those below
-/// `original / high_freq_factor` are kept, those between are interpolated.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub struct Llama3Scaling {
-    /// How many times longer the context became.
-    pub factor: f32,
-    /// Turns per original context below which a frequency is divided.
-    pub low_freq_factor: f32,
-    /// Turns per original context above which a frequency is kept.
-    pub high_freq_factor: f32,
-    /// The context before, in tokens.
-    pub original_max_position_embeddings: usize,
-}
-
 /// No real dimension is larger, and f32 represents any position exactly.
 const MAX: u64 = 1 << 24;
 
@@ -82,27 +67,15 @@ impl Config {
     pub fn parse(file: &str, json: &[u8]) -> Result<Self> {
         let value: Value = serde_json::from_slice(json).map_err(|e| Error::File {
             file: file.into(),
-            reason: format!("expected a JSON text, but {e}"),
+            reason: format!("expected a JSON text, but {}", not_json(json, e)),
         })?;
         let Value::Object(map) = &value else {
             return Err(Error::File { file: file.into(), reason: "expected a JSON object".into() });
         };
         let f = Fields { file, map };
 
-        let architecture = f.get("architectures").and_then(|a| a.get(0)).and_then(Value::as_str);
-        if !matches!(
-            architecture,
-            Some("LlamaForCausalLM" | "Qwen2ForCausalLM" | "MistralForCausalLM")
-        ) {
-            let expected = "LlamaForCausalLM, Qwen2ForCausalLM or MistralForCausalLM";
-            return Err(f.error("architectures", expected, f.get("architectures")));
-        }
-        let qwen2 = architecture == Some("Qwen2ForCausalLM");
-        match f.get("hidden_act") {
-            None => {}
-            Some(act) if act == "silu" => {}
-            act => return Err(f.error("hidden_act", "\"silu\"", act)),
-        }
+        let architecture = Architecture::of(&f)?;
+        let qwen2 = architecture == Architecture::Qwen2;
         let hidden_size = f.size("hidden_size")?;
         let num_attention_heads = f.size("num_attention_heads")?;
         let num_key_value_heads = match f.get("num_key_value_heads") {
@@ -126,7 +99,10 @@ impl Config {
         if !head_dim.is_multiple_of(2) {
             return Err(f.error("head_dim", "an even number", Some(&head_dim.into())));
         }
-        let max_position_embeddings = f.size("max_position_embeddings")?;
+        let max_position_embeddings = match f.get("max_position_embeddings") {
+            None => architecture.default_context(),
+            Some(_) => f.size("max_position_embeddings")?,
+        };
         // Qwen2 states a window that is not used unless use_sliding_window says so.
         if f.get("sliding_window").is_some() && (!qwen2 || f.bool("use_sliding_window", false)?) {
             let window = f.size("sliding_window")?;
@@ -138,9 +114,9 @@ impl Config {
             }
         }
         let attention_bias = f.bool("attention_bias", false)?;
-        let (rope_theta, rope_scaling) = rope(&f)?;
+        let (rope_theta, rope_scaling) = rope::parse(&f, max_position_embeddings)?;
         let vocab_size = f.size("vocab_size")?;
-        Ok(Self {
+        let config = Self {
             hidden_size,
             intermediate_size: f.size("intermediate_size")?,
             num_hidden_layers: f.size("num_hidden_layers")?,
@@ -158,7 +134,68 @@ impl Config {
             mlp_bias: f.bool("mlp_bias", false)?,
             bos_token_id: f.tokens("bos_token_id", vocab_size)?.first().copied(),
             eos_token_id: f.tokens("eos_token_id", vocab_size)?,
-        })
+        };
+        config.check_other_fields(&f)?;
+        Ok(config)
+    }
+
+    /// Refuses what other models of this kind have and this decoder does not compute, unless it is without
+    /// effect. Names that are not here are accepted: files are full of what concerns only training, other
+    /// programs, or a generation.
+    fn check_other_fields(&self, f: &Fields<'_>) -> Result<()> {
+        for field in ["hidden_act", "hidden_activation"] {
+            match f.get(field) {
+                None => {}
+                Some(act) if act == "silu" || act == "swish" => {}
+                act => return Err(f.error(field, "\"silu\"", act)),
+            }
+        }
+        OFF.iter().try_for_each(|field| f.off(field))?;
+        ONE.iter().try_for_each(|field| f.neutral(field, 1.0))?;
+        let dim = self.head_dim as f64;
+        f.neutral("attention_multiplier", 1.0 / dim.sqrt())?;
+        f.neutral("query_pre_attn_scalar", dim)?;
+        f.neutral("rotary_dim", dim)?;
+        f.neutral("dim_model_base", self.hidden_size as f64)?;
+        f.neutral("rotary_emb_base", self.rope_theta.into())?;
+        for field in ["is_causal", "scale_attn_weights"] {
+            if !f.bool(field, true)? {
+                return Err(f.error(field, "true", f.get(field)));
+            }
+        }
+        for field in ["attention_chunk_size", "attention_window_size"] {
+            if f.get(field).is_some() && f.size(field)? < self.max_position_embeddings {
+                let expected =
+                    format!("at least max_position_embeddings, {}", self.max_position_embeddings);
+                return Err(f.error(field, expected, f.get(field)));
+            }
+        }
+        // Each with the only value of its elements that this decoder computes.
+        let lists: [(_, &[Value]); 2] = [
+            ("layer_types", &["full_attention".into(), "sliding_attention".into()]),
+            ("no_rope_layers", &[1.into()]),
+        ];
+        for (field, computed) in lists {
+            let got = f.get(field).and_then(|value| match value.as_array() {
+                Some(list) => list.iter().find(|x| !computed.contains(x)),
+                None => Some(value),
+            });
+            if got.is_some() {
+                let computed: Vec<_> = computed.iter().map(Value::to_string).collect();
+                return Err(f.error(field, format!("a list of {}", computed.join(" or ")), got));
+            }
+        }
+        // Llama calls it rms_norm_eps; where only another name is there, its default may be wrong.
+        for field in ["layer_norm_eps", "layer_norm_epsilon", "norm_eps", "rms_norm_epsilon"] {
+            if f.get("rms_norm_eps").is_none() && f.get(field).is_some() {
+                return Err(f.error(field, "the name rms_norm_eps for it", f.get(field)));
+            }
+        }
+        let position = f.get("position_embedding_type").filter(|p| *p != "rope" && *p != "rotary");
+        match position {
+            Some(_) => Err(f.error("position_embedding_type", "\"rope\"", position)),
+            None => Ok(()),
+        }
     }
 
     /// Outputs of q and inputs of o: all query heads side by side.
@@ -172,50 +209,133 @@ impl Config {
     }
 }
 
-/// `rope_theta` and `rope_scaling`, or both in `rope_parameters` as newer files have them.
-fn rope(f: &Fields<'_>) -> Result<(f32, Option<Llama3Scaling>)> {
-    let parameters = f.object("rope_parameters")?;
-    let theta = match &parameters {
-        Some(p) if p.get("rope_theta").is_some() => p.positive("rope_theta", None)?,
-        _ => f.positive("rope_theta", Some(10000.0))?,
-    };
-    let (field, scaling) = match parameters {
-        Some(p) => ("rope_parameters", Some(p)),
-        None => ("rope_scaling", f.object("rope_scaling")?),
-    };
-    let Some(s) = scaling else { return Ok((theta, None)) };
-    let kind = s.get("rope_type").or(s.get("type")).and_then(Value::as_str);
-    let scaling = match kind {
-        Some("default") => None,
-        Some("llama3") => Some(Llama3Scaling {
-            factor: s.positive("factor", None)?,
-            low_freq_factor: s.positive("low_freq_factor", None)?,
-            high_freq_factor: s.positive("high_freq_factor", None)?,
-            original_max_position_embeddings: s.size("original_max_position_embeddings")?,
-        }),
-        _ => return Err(f.error(field, "null or the rope_type default or llama3", f.get(field))),
-    };
-    if let Some(Llama3Scaling { low_freq_factor, high_freq_factor, .. }) = scaling
-        && low_freq_factor >= high_freq_factor
-    {
-        let expected = format!("less than high_freq_factor, {high_freq_factor}");
-        return Err(s.error("low_freq_factor", expected, s.get("low_freq_factor")));
-    }
-    Ok((theta, scaling))
+/// Which model this is.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Architecture {
+    Llama,
+    Qwen2,
+    Mistral,
 }
 
+impl Architecture {
+    /// Its class, its `model_type`, and how far its context reaches where config.json does not say so.
+    const ALL: [(Self, &str, &str, usize); 3] = [
+        (Self::Llama, "LlamaForCausalLM", "llama", 2048),
+        (Self::Qwen2, "Qwen2ForCausalLM", "qwen2", 32_768),
+        (Self::Mistral, "MistralForCausalLM", "mistral", 131_072),
+    ];
+
+    /// By the class; by the model type, if there is none. Programs look at either, so both must agree.
+    fn of(f: &Fields<'_>) -> Result<Self> {
+        let class = f.get("architectures");
+        let kind = f.get("model_type");
+        let expected = "LlamaForCausalLM, Qwen2ForCausalLM or MistralForCausalLM";
+        let found = match (class, kind) {
+            (Some(class), _) => Self::ALL.iter().find(|known| class[0] == known.1),
+            (None, Some(kind)) => Self::ALL.iter().find(|known| kind == known.2),
+            (None, None) => None,
+        };
+        match (found, kind) {
+            (None, _) => Err(f.error("architectures", expected, class)),
+            (Some(found), Some(kind)) if kind != found.2 => {
+                let expected = format!("{:?}, as architectures says {}", found.2, found.1);
+                Err(f.error("model_type", expected, Some(kind)))
+            }
+            (Some(found), _) => Ok(found.0),
+        }
+    }
+
+    fn default_context(self) -> usize {
+        Self::ALL.iter().find(|known| known.0 == self).map_or(0, |known| known.3)
+    }
+}
+
+/// Fields that turn something on which this decoder does not compute; without effect if they are null,
+/// false, 0 or empty.
+const OFF: [&str; 39] = [
+    "add_cross_attention",
+    "alibi",
+    "attention_k_eq_v",
+    "attention_sinks",
+    "attn_logit_softcapping",
+    "attn_temperature_tuning",
+    "clip_qkv",
+    "final_logit_softcapping",
+    "is_encoder_decoder",
+    "logits_soft_cap",
+    "moe_intermediate_size",
+    "n_routed_experts",
+    "n_shared_experts",
+    "no_rope_layer_interval",
+    "num_experts",
+    "num_experts_per_tok",
+    "num_kv_shared_layers",
+    "num_local_experts",
+    "num_memory_tokens",
+    "parallel_attn",
+    "pruned_heads",
+    "qk_layernorm",
+    "qk_norm",
+    "q_lora_rank",
+    "kv_lora_rank",
+    "rope_interleaved",
+    "rope_local_base_freq",
+    "scale_attn_by_inverse_layer_idx",
+    "scale_depth",
+    "use_alibi",
+    "use_attention_sinks",
+    "use_bidirectional_attention",
+    "use_dynamic_ntk",
+    "use_logn_attn",
+    "use_parallel_residual",
+    "use_mup",
+    "mup_use_scaling",
+    "use_post_norm",
+    "use_qk_norm",
+];
+/// Factors of something that this decoder does not multiply; without effect if they are null or 1.
+const ONE: [&str; 18] = [
+    "attn_scale",
+    "attention_scale",
+    "embedding_multiplier",
+    "embedding_scale",
+    "key_multiplier",
+    "lm_head_multiplier",
+    "logit_scale",
+    "logits_scaling",
+    "mup_attn_multiplier",
+    "mup_embeddings_multiplier",
+    "mup_width_multiplier",
+    "partial_rotary_factor",
+    "residual_multiplier",
+    "rope_pct",
+    "rope_ratio",
+    "rotary_pct",
+    "scale_emb",
+    "softmax_scale",
+];
+
 /// The fields of a JSON object; null counts as absent.
-struct Fields<'a> {
+pub(crate) struct Fields<'a> {
     file: &'a str,
     map: &'a Map<String, Value>,
 }
 
 impl<'a> Fields<'a> {
-    fn get(&self, field: &str) -> Option<&'a Value> {
+    /// The names of all that are there.
+    pub(crate) fn keys(&self) -> impl Iterator<Item = &'a str> {
+        self.map.iter().filter(|(_, value)| !value.is_null()).map(|(key, _)| key.as_str())
+    }
+
+    pub(crate) fn is_empty(&self) -> bool {
+        self.keys().next().is_none()
+    }
+
+    pub(crate) fn get(&self, field: &str) -> Option<&'a Value> {
         self.map.get(field).filter(|value| !value.is_null())
     }
 
-    fn size(&self, field: &'static str) -> Result<usize> {
+    pub(crate) fn size(&self, field: &'static str) -> Result<usize> {
         let value = self.get(field);
         match value.and_then(Value::as_u64) {
             Some(n @ 1..=MAX) => Ok(n as usize),
@@ -223,7 +343,7 @@ impl<'a> Fields<'a> {
         }
     }
 
-    fn positive(&self, field: &'static str, default: Option<f32>) -> Result<f32> {
+    pub(crate) fn positive(&self, field: &'static str, default: Option<f32>) -> Result<f32> {
         let value = self.get(field);
         match (value, default) {
             (None, Some(default)) => Ok(default),
@@ -234,7 +354,44 @@ impl<'a> Fields<'a> {
         }
     }
 
-    fn bool(&self, field: &'static str, default: bool) -> Result<bool> {
+    pub(crate) fn number(&self, field: &'static str) -> Result<Option<f64>> {
+        match self.get(field) {
+            None => Ok(None),
+            Some(value) => match value.as_f64().filter(|x| x.is_finite()) {
+                None => Err(self.error(field, "a number", Some(value))),
+                number => Ok(number),
+            },
+        }
+    }
+
+    /// Refuses another number than `expected`, but for rounding.
+    pub(crate) fn neutral(&self, field: &'static str, expected: f64) -> Result<()> {
+        match self.number(field)? {
+            Some(x) if (x / expected - 1.0).abs() > 1e-6 => {
+                let expected = format!("{expected} (nothing else is supported)");
+                Err(self.error(field, expected, self.get(field)))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// Refuses what is not null, false, 0 or empty.
+    fn off(&self, field: &'static str) -> Result<()> {
+        let off = match self.get(field) {
+            None | Some(Value::Null | Value::Bool(false)) => true,
+            Some(Value::Bool(true)) => false,
+            Some(Value::Number(number)) => number.as_f64() == Some(0.0),
+            Some(Value::String(text)) => text.is_empty(),
+            Some(Value::Array(list)) => list.is_empty(),
+            Some(Value::Object(map)) => map.is_empty(),
+        };
+        match off {
+            true => Ok(()),
+            false => Err(self.error(field, "nothing (it is not supported)", self.get(field))),
+        }
+    }
+
+    pub(crate) fn bool(&self, field: &'static str, default: bool) -> Result<bool> {
         match self.get(field) {
             None => Ok(default),
             Some(Value::Bool(b)) => Ok(*b),
@@ -261,7 +418,7 @@ impl<'a> Fields<'a> {
             .collect()
     }
 
-    fn object(&self, field: &'static str) -> Result<Option<Self>> {
+    pub(crate) fn object(&self, field: &'static str) -> Result<Option<Self>> {
         match self.get(field) {
             None => Ok(None),
             Some(Value::Object(map)) => Ok(Some(Self { file: self.file, map })),
@@ -269,7 +426,7 @@ impl<'a> Fields<'a> {
         }
     }
 
-    fn error(
+    pub(crate) fn error(
         &self,
         field: &'static str,
         expected: impl Into<String>,
@@ -332,7 +489,8 @@ mod tests {
         parameters["rope_theta"] = 5e5.into();
         let new = parse(json!({"rope_parameters": parameters})).unwrap();
         assert_eq!(old, new);
-        assert_eq!(old.rope_scaling.unwrap().factor, 8.0);
+        let Some(RopeScaling::Llama3(scaling)) = old.rope_scaling else { panic!("{old:?}") };
+        assert_eq!(scaling.factor, 8.0);
         let default = json!({"rope_type": "default", "rope_theta": 7.0});
         assert_eq!(parse(json!({"rope_parameters": default})).unwrap().rope_theta, 7.0);
     }
@@ -370,8 +528,8 @@ mod tests {
                 "config.json: rms_norm_eps: expected a positive number, got -1.0",
             ),
             (
-                json!({"rope_scaling": {"type": "yarn"}}),
-                r#"config.json: rope_scaling: expected null or the rope_type default or llama3, got {"type":"yarn"}"#,
+                json!({"rope_scaling": {"type": "longrope"}}),
+                r#"config.json: rope_scaling: expected null or the rope_type default, linear, dynamic, llama3 or yarn, got {"type":"longrope"}"#,
             ),
             (
                 json!({"architectures": ["MistralForCausalLM"], "sliding_window": 256}),
@@ -388,7 +546,90 @@ mod tests {
         ] {
             assert_eq!(parse(changes).unwrap_err().to_string(), expected);
         }
+        let page = Config::parse("config.json", b"<!DOCTYPE html><html>").unwrap_err().to_string();
+        assert_eq!(
+            page,
+            "config.json: expected a JSON text, but it is a web page, perhaps an error of the server: download the file again"
+        );
         let error = Config::parse("config.json", b"[1").unwrap_err().to_string();
         assert!(error.starts_with("config.json: expected a JSON text, but EOF"), "{error}");
+    }
+
+    #[test]
+    fn a_context_that_is_not_told_is_that_of_the_architecture() {
+        // The defaults of LlamaConfig, Qwen2Config and MistralConfig in transformers 5.24.
+        for (class, kind, context) in [
+            ("LlamaForCausalLM", "llama", 2048),
+            ("Qwen2ForCausalLM", "qwen2", 32_768),
+            ("MistralForCausalLM", "mistral", 131_072),
+        ] {
+            let changes = json!({"architectures": [class], "max_position_embeddings": null});
+            assert_eq!(parse(changes).unwrap().max_position_embeddings, context);
+            let by_type = json!({"architectures": null, "model_type": kind,
+                                 "max_position_embeddings": null});
+            assert_eq!(parse(by_type).unwrap().max_position_embeddings, context);
+        }
+        let error = parse(json!({"model_type": "granite"})).unwrap_err().to_string();
+        assert_eq!(
+            error,
+            "config.json: model_type: expected \"llama\", as architectures says LlamaForCausalLM, got \"granite\""
+        );
+    }
+
+    #[test]
+    fn what_would_change_the_product_is_refused_by_name() {
+        for changes in [
+            json!({"attention_multiplier": 0.015625}),
+            json!({"logit_scale": 0.0625}),
+            json!({"logits_scaling": 8}),
+            json!({"residual_multiplier": 0.22}),
+            json!({"embedding_multiplier": 12.0}),
+            json!({"scale_emb": 12}),
+            json!({"scale_depth": 1.4}),
+            json!({"dim_model_base": 256}),
+            json!({"query_pre_attn_scalar": 256}),
+            json!({"final_logit_softcapping": 30.0}),
+            json!({"attn_logit_softcapping": 50.0}),
+            json!({"partial_rotary_factor": 0.5}),
+            json!({"rotary_dim": 4}),
+            json!({"rope_interleaved": true}),
+            json!({"use_qk_norm": true}),
+            json!({"clip_qkv": 8.0}),
+            json!({"scale_attn_by_inverse_layer_idx": true}),
+            json!({"scale_attn_weights": false}),
+            json!({"is_causal": false}),
+            json!({"no_rope_layers": [1, 1, 0, 1, 1]}),
+            json!({"layer_types": ["full_attention", "linear_attention"]}),
+            json!({"attention_chunk_size": 128}),
+            json!({"num_local_experts": 8}),
+            json!({"pruned_heads": {"0": [1]}}),
+            json!({"hidden_activation": "gelu_pytorch_tanh"}),
+            json!({"position_embedding_type": "alibi"}),
+            json!({"norm_eps": 1e-5}),
+            json!({"use_alibi": "yes"}),
+        ] {
+            let field = changes.as_object().unwrap().keys().next().unwrap();
+            let error = parse(changes.clone()).unwrap_err().to_string();
+            assert!(error.starts_with(&format!("config.json: {field}: expected ")), "{error}");
+        }
+    }
+
+    #[test]
+    fn what_has_no_effect_and_what_nobody_knows_is_accepted() {
+        let plain = parse(json!({})).unwrap();
+        for changes in [
+            json!({"attention_multiplier": 0.35355339, "logit_scale": 1, "residual_multiplier": 1.0}),
+            json!({"final_logit_softcapping": null, "attn_logit_softcapping": 0.0}),
+            json!({"use_qk_norm": false, "clip_qkv": null, "pretraining_tp": 2, "num_experts": 0}),
+            json!({"no_rope_layers": [1, 1, 1, 1, 1], "no_rope_layer_interval": 0}),
+            json!({"layer_types": ["full_attention", "full_attention"], "sliding_window": null}),
+            json!({"attention_chunk_size": 512, "rotary_dim": 8, "partial_rotary_factor": 1.0}),
+            json!({"pruned_heads": {}, "is_causal": true, "hidden_act": "swish"}),
+            json!({"rope_scaling": {}, "rope_parameters": null, "rms_norm_eps": 1e-6, "norm_eps": 1}),
+            json!({"torch_dtype": "bfloat16", "_name_or_path": "x", "transformers_version": "4.0",
+                   "attention_dropout": 0.1, "use_cache": true, "my_note": [1, {"a": true}]}),
+        ] {
+            assert_eq!(parse(changes.clone()).unwrap(), plain, "{changes}");
+        }
     }
 }

@@ -21,6 +21,14 @@ pub enum Error {
         /// What is expected and what is there.
         reason: String,
     },
+    /// A tokenizer that cannot be read, or fails.
+    #[error("{file}: {reason}")]
+    Tokenizer {
+        /// The file.
+        file: String,
+        /// What is expected and what is there.
+        reason: String,
+    },
     /// A field of config.json that is missing, contradictory, or asks for what this decoder does
     /// not have.
     #[error("{file}: {field}: expected {expected}, got {got}")]
@@ -138,8 +146,10 @@ pub enum Error {
 }
 
 fn hint(path: &std::path::Path, cause: &std::io::Error) -> &'static str {
+    let parts = ["config.json", "tokenizer.json", "model.safetensors"];
+    let is_part = path.file_name().is_some_and(|name| parts.iter().any(|part| name == *part));
     match cause.kind() {
-        std::io::ErrorKind::NotFound if path.extension().is_some() => {
+        std::io::ErrorKind::NotFound if is_part => {
             ": a model folder has config.json, tokenizer.json and model.safetensors"
         }
         _ => "",

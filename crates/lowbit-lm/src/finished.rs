@@ -38,7 +38,7 @@ impl Finished<'_> {
         self.folder.join(format!("block-{block:04}.safetensors"))
     }
 
-    /// What [`write`](Self::write) has kept of a block of layers with these names; `None` if nothing.
+    /// What [`write`](Self::write) has kept of a block of layers with these names; `None` if nothing, or not all of it.
     pub(crate) fn read(&self, block: usize, names: &[&str], key: u64) -> Result<Option<Kept>> {
         let path = self.path(block);
         let bytes = match fs::read(&path) {
@@ -47,8 +47,9 @@ impl Finished<'_> {
             Err(cause) => return Err(Error::Io { path, cause }),
         };
         let file = path.display().to_string();
+        // One that is cut is no block.
+        let Ok(source) = Safetensors::new(file.clone(), bytes) else { return Ok(None) };
         let wrong = |reason: &str| Error::File { file: file.clone(), reason: reason.into() };
-        let source = Safetensors::new(file.clone(), bytes)?;
         let about = source.tensor("about")?;
         let about: Value =
             serde_json::from_slice(about.bytes).map_err(|e| wrong(&e.to_string()))?;

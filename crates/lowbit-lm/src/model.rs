@@ -1,12 +1,14 @@
-use std::{f32::consts::TAU, sync::Arc};
+use std::sync::Arc;
 
 use lowbit::{Context, Linear, Mat, MatMut, MatRef, PackedLinear, dtypes::random, forward_shared};
 
 use crate::{
-    Checkpoint, Config, DenseLinear, Error, KvCache, LinearWeights, Result,
+    Checkpoint, Config, DenseLinear, Error, KvCache, LinearWeights, Result, Unpacked,
     checkpoint::{EMBEDDING, HEAD, LinearSpec, NORM, block_linears, block_norms},
     kv::KvBlock,
     ops,
+    pack::pack,
+    rope::Rope,
 };
 
 /// A decoder of the Llama family. In each block, with `norm` for RMSNorm:
@@ -32,8 +34,7 @@ struct Trunk {
     embedding: Mat<f32>,
     norm: Vec<f32>,
     head: DenseLinear,
-    /// Radians per position, for each pair of a head.
-    frequencies: Vec<f32>,
+    rope: Rope,
 }
 
 /// The linear layers of a block, and the gains before attention and before the MLP.
@@ -62,9 +63,10 @@ pub(crate) struct Angles {
 
 impl Angles {
     /// Those of `m` tokens from `past` on.
-    pub(crate) fn new(frequencies: &[f32], past: usize, m: usize) -> Self {
-        let angles = (past..past + m).flat_map(|p| frequencies.iter().map(move |f| p as f32 * f));
-        let (sin, cos) = angles.map(f32::sin_cos).unzip();
+    pub(crate) fn new(rope: &Rope, past: usize, m: usize) -> Self {
+        let angle = |p| rope.frequencies.iter().map(move |f| p as f32 * f);
+        let both = |angle: f32| (angle.sin() * rope.scale, angle.cos() * rope.scale);
+        let (sin, cos) = (past..past + m).flat_map(angle).map(both).unzip();
         Self { past, sin, cos }
     }
 }
@@ -84,24 +86,17 @@ type Observer<'a> = &'a mut (dyn FnMut(Seen<'_>) -> Result<()> + Send);
 impl Model {
     /// Reads the whole model into memory: layers that are quantized as they are, all others in f32.
     ///
-    /// A quantized layer for which this CPU has no kernel is multiplied by its weights in f32.
+    /// Quantized layers that no kernel takes are [`unpacked`](Self::unpacked).
     ///
     /// # Errors
-    /// [`Error::Layer`] for a layer that quantizes its inputs in a way that no kernel can. None else for
-    /// a checkpoint whose files have not changed since it was opened.
+    /// None for a checkpoint whose files have not changed since it was opened.
     pub fn load(checkpoint: &Checkpoint) -> Result<Self> {
         let trunk = Arc::new(Trunk::load(checkpoint)?);
         let make = |LinearSpec { name, .. }: &LinearSpec| {
             let error = |cause| Error::Layer { layer: name.clone(), cause };
             match checkpoint.quantized(name)? {
                 None => dense(checkpoint.linear(name)?).map_err(error),
-                Some(layer) => match PackedLinear::new(&layer) {
-                    Ok(packed) => Ok(Arc::new(packed) as Arc<dyn Linear>),
-                    Err(lowbit::Error::Unsupported { .. }) if layer.activation().is_none() => {
-                        dense(checkpoint.linear(name)?).map_err(error)
-                    }
-                    Err(cause) => Err(error(cause)),
-                },
+                Some(layer) => pack(&layer).map_err(error),
             }
         };
         Ok(Self { trunk, blocks: blocks(checkpoint.config(), all_norms(checkpoint)?, make)? })
@@ -223,6 +218,11 @@ impl Model {
             .map(|layer| (layer.name.as_str(), &layer.linear))
     }
 
+    /// The linear layers that no kernel takes and the reference computes.
+    pub fn unpacked(&self) -> Vec<Unpacked> {
+        self.linears().filter_map(|(name, linear)| Unpacked::of(name, &**linear)).collect()
+    }
+
     /// The logits after each of `tokens`, `(tokens, vocab_size)`. The tokens continue those in
     /// `cache` and join them.
     ///
@@ -320,7 +320,7 @@ impl Model {
     ) -> Result<Vec<f32>> {
         let past = cache.len();
         let mut x = self.embed(tokens);
-        let angles = Angles::new(&self.trunk.frequencies, past, tokens.len());
+        let angles = Angles::new(&self.trunk.rope, past, tokens.len());
         for (block, kv) in self.blocks.iter().zip(&mut cache.blocks) {
             block.run(&self.trunk.config, &mut x, &angles, kv, ctx, observe)?;
         }
@@ -361,7 +361,7 @@ impl Trunk {
     ) -> Result<Self> {
         let head = DenseLinear::new(head.as_ref().unwrap_or(&embedding).as_ref(), None)
             .map_err(|cause| Error::Layer { layer: HEAD.into(), cause })?;
-        Ok(Self { frequencies: frequencies(&config), config, embedding, norm, head })
+        Ok(Self { rope: Rope::new(&config), config, embedding, norm, head })
     }
 
     fn logits(&self, x: &[f32], ctx: &mut Context) -> Result<Mat<f32>> {
@@ -576,19 +576,4 @@ fn attention(c: &Config, ctx: &Context, q: &[f32], kv: &KvBlock, past: usize, a:
             }
         }
     });
-}
-
-/// Radians per position of each pair `(i, i + head_dim/2)`: `theta^(−2i/head_dim)`, scaled.
-pub(crate) fn frequencies(c: &Config) -> Vec<f32> {
-    (0..c.head_dim / 2)
-        .map(|i| {
-            let frequency = 1.0 / c.rope_theta.powf((2 * i) as f32 / c.head_dim as f32);
-            let Some(s) = c.rope_scaling else { return frequency };
-            // 0 where the wave is long, 1 where it is short
-            let turns = s.original_max_position_embeddings as f32 * frequency / TAU;
-            let keep = (turns - s.low_freq_factor) / (s.high_freq_factor - s.low_freq_factor);
-            let keep = keep.clamp(0.0, 1.0);
-            frequency * keep + frequency / s.factor * (1.0 - keep)
-        })
-        .collect()
 }

@@ -14,16 +14,17 @@
 use std::sync::Arc;
 
 use lowbit::{
-    Calibration, Context, Drift, Linear, Mat, MatRef, Needs, QLinear, Quantized, Quantizer, Recipe,
-    Report, Transform, relative_loss,
+    Calibration, Context, Drift, InputSet, Linear, Mat, MatRef, Needs, QLinear, Quantized,
+    Quantizer, Recipe, Report, Transform, relative_loss,
 };
 
 use crate::{
-    Checkpoint, Config, DenseLinear, Error, LinearWeights, Model, Result, Windows,
+    Checkpoint, Config, DenseLinear, Error, LinearWeights, Model, Result, Unpacked, Windows,
     checkpoint::{LinearSpec, block_linears, block_norms},
     finished::{Finished, Kept, Key},
     kv::KvBlock,
-    model::{Angles, Block, Layer, SETS, frequencies, norms},
+    model::{Angles, Block, Layer, SETS, norms},
+    rope::Rope,
 };
 
 /// How a whole model is quantized, beside the [`Recipe`].
@@ -36,6 +37,9 @@ pub struct Options<'a> {
     /// Scales channels only where a layer before can take the scale, as files without a place for
     /// transforms of inputs need it. Otherwise the input is scaled at run time there.
     pub folded_scales_only: bool,
+    /// Names of layers that stay as they are. Recipes that scale channels refuse them: the scales would
+    /// have to be folded into them.
+    pub left_out: &'a [String],
     /// Where to keep finished blocks, and to look for those of an interrupted run.
     pub finished: Option<Finished<'a>>,
 }
@@ -214,7 +218,7 @@ pub struct Quantization<'a> {
     recipe: &'a Recipe<'a>,
     options: Options<'a>,
     wanted: Wanted,
-    frequencies: Vec<f32>,
+    rope: Rope,
     texts: Vec<Text>,
     /// What all blocks depend on, for those that are kept.
     key: Key,
@@ -226,22 +230,38 @@ pub struct QuantizedBlock {
     /// The gains before attention and before the MLP under the names of their tensors; scales of channels
     /// have been folded into them.
     pub norms: [(String, Vec<f32>); 2],
-    /// q, k, v, o, gate, up and down.
+    /// q, k, v, o, gate, up and down, but for those that are left out.
     pub layers: Vec<(QLinear, LayerReport)>,
     computed: Block,
+}
+
+impl QuantizedBlock {
+    /// The layers that the reference computes where the blocks behind are calibrated, as `make` made them.
+    pub fn unpacked(&self) -> Vec<Unpacked> {
+        let layers = self.computed.layers.iter();
+        layers.filter_map(|layer| Unpacked::of(&layer.name, &*layer.linear)).collect()
+    }
 }
 
 impl<'a> Quantization<'a> {
     /// The arguments are those of [`quantize`].
     ///
     /// # Errors
-    /// [`Error::Token`] if `windows` are of another model.
+    /// [`Error::Token`] if `windows` are of another model; [`Error::Invalid`] for layers that are left out
+    /// beside a recipe that scales channels.
     pub fn new(
         checkpoint: &'a Checkpoint,
         recipe: &'a Recipe<'a>,
         windows: Option<&Windows>,
         options: Options<'a>,
     ) -> Result<Self> {
+        if recipe.scale.is_some() && !options.left_out.is_empty() {
+            return Err(Error::Invalid(
+                "layers cannot be left out where scales of channels are folded into their neighbours: \
+                 choose a method without scales of channels, such as gptq"
+                    .into(),
+            ));
+        }
         let wanted = Wanted { needs: recipe.needs(), share: recipe.target_share() };
         let mut texts = Vec::new();
         if wanted.needs > Needs::Nothing {
@@ -253,10 +273,11 @@ impl<'a> Quantization<'a> {
         if let Some(finished) = &options.finished {
             key.add(finished.label.bytes().map(u32::from));
             key.add([options.true_sequential, options.folded_scales_only].map(u32::from));
+            key.add(options.left_out.iter().flat_map(|name| name.bytes().map(u32::from)));
             key.add(windows.iter().flat_map(|windows| windows.iter()).flatten().copied());
         }
-        let frequencies = frequencies(checkpoint.config());
-        Ok(Self { checkpoint, recipe, options, wanted, frequencies, texts, key, next: 0 })
+        let rope = Rope::new(checkpoint.config());
+        Ok(Self { checkpoint, recipe, options, wanted, rope, texts, key, next: 0 })
     }
 
     /// Bytes of memory that the largest block will take on so many threads, with its statistics and the streams
@@ -325,14 +346,16 @@ impl<'a> Quantization<'a> {
         if self.options.finished.is_some() {
             key.add(work.weights.iter().flat_map(|w| w.weight.data()).map(|w| w.to_bits()));
         }
-        let names: Vec<_> = work.specs.iter().map(|spec| spec.name.as_str()).collect();
+        let quantized = |i: &usize| !self.is_left_out(&work, *i);
+        let quantized: Vec<_> = (0..work.specs.len()).filter(quantized).collect();
+        let names: Vec<_> = quantized.iter().map(|&i| work.specs[i].name.as_str()).collect();
         let kept = match &self.options.finished {
             Some(finished) => finished.read(index, &names, key.0)?,
             None => None,
         };
         let kept = match kept {
             Some(kept) => {
-                for (i, (layer, report)) in kept.layers.iter().enumerate() {
+                for (&i, (layer, report)) in quantized.iter().zip(&kept.layers) {
                     block.layers[i] = work.layer(i, make(layer))?;
                     progress(report);
                 }
@@ -351,7 +374,7 @@ impl<'a> Quantization<'a> {
         // Nobody looks at what the last block gives.
         if index + 1 < blocks {
             for text in &mut self.texts {
-                text.advance(self.checkpoint.config(), &self.frequencies, &dense, &block, ctx)?;
+                text.advance(self.checkpoint.config(), &self.rope, &dense, &block, ctx)?;
             }
         }
         self.next += 1;
@@ -360,6 +383,10 @@ impl<'a> Quantization<'a> {
         let [norm, other] = kept.norms;
         let norms = [(attention, norm), (mlp, other)];
         Ok(Some(QuantizedBlock { norms, layers: kept.layers, computed: block }))
+    }
+
+    fn is_left_out(&self, work: &Work, i: usize) -> bool {
+        self.options.left_out.contains(&work.specs[i].name)
     }
 
     /// Quantizes the layers of a block, each into its place in `block`.
@@ -395,10 +422,10 @@ impl<'a> Quantization<'a> {
             // What no layer before can take is scaled at run time; the rest has vanished.
             let recipe = Recipe { scale: None, ..*self.recipe };
             for (seen, set) in statistics.iter().zip(group.clone()) {
-                for i in SETS[set].clone() {
+                let inputs = InputSet::new(&seen.calibration);
+                for i in SETS[set].clone().filter(|&i| !self.is_left_out(work, i)) {
                     let before = leftover[set].clone();
-                    let (layer, report) =
-                        work.quantize(&recipe, i, &seen.calibration, before, ctx)?;
+                    let (layer, report) = work.quantize(&recipe, i, &inputs, before, ctx)?;
                     block.layers[i] = work.layer(i, make(&layer))?;
                     progress(&report);
                     layers.push((layer, report));
@@ -443,7 +470,7 @@ impl<'a> Quantization<'a> {
         let c = self.checkpoint.config();
         for text in &self.texts {
             let mut x = text.x.clone();
-            let angles = Angles::new(&self.frequencies, 0, text.tokens);
+            let angles = Angles::new(&self.rope, 0, text.tokens);
             let inputs = text.f32_inputs(c, &angles, dense, ctx)?;
             let kv = &mut KvBlock::default();
             block.run(c, &mut x, &angles, kv, ctx, &mut |seen| {
@@ -501,12 +528,12 @@ impl Text {
     fn advance(
         &mut self,
         c: &Config,
-        frequencies: &[f32],
+        rope: &Rope,
         dense: &Block,
         block: &Block,
         ctx: &mut Context,
     ) -> Result<()> {
-        let angles = Angles::new(frequencies, 0, self.tokens);
+        let angles = Angles::new(rope, 0, self.tokens);
         for (block, x) in [(block, Some(&mut self.x)), (dense, self.x_f32.as_mut())] {
             let Some(x) = x else { continue };
             block.run(c, x, &angles, &mut KvBlock::default(), ctx, &mut |_| Ok(()))?;
@@ -593,8 +620,9 @@ impl Work {
         ctx: &mut Context,
     ) -> Result<()> {
         let Some(drift) = drift else { return Ok(()) };
+        let inputs = InputSet::new(calibration);
         for i in SETS[set].clone() {
-            let shifted = drift.shift(self.weights[i].weight.as_ref(), calibration, share, ctx);
+            let shifted = drift.shift(self.weights[i].weight.as_ref(), &inputs, share, ctx);
             self.targets[i] = Some(shifted.map_err(self.error(i))?);
         }
         Ok(())
@@ -659,16 +687,17 @@ impl Work {
         &self,
         recipe: &Recipe<'_>,
         i: usize,
-        calibration: &Calibration,
+        inputs: &InputSet<'_>,
         before: Option<Transform>,
         ctx: &mut Context,
     ) -> Result<(QLinear, LayerReport)> {
         let LinearWeights { name, weight, bias } = &self.weights[i];
         let set = SETS.iter().position(|set| set.contains(&i)).unwrap_or(0);
+        let calibration = inputs.calibration();
         let quantize = |ctx: &mut Context| {
             let target = self.targets[i].as_ref().unwrap_or(weight);
             let Quantized { layer, mut report } =
-                recipe.quantize(target.as_ref(), calibration, ctx)?;
+                recipe.quantize_in_set(target.as_ref(), inputs, ctx)?;
             report.alpha = self.alphas[set];
             let error = match calibration.has_second_moment() && calibration.tokens() > 0 {
                 true => Some(relative_loss(weight.as_ref(), &layer, calibration, ctx)?),

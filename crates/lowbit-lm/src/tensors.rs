@@ -1,15 +1,12 @@
 //! The tensors of a checkpoint's files, mapped into memory.
 
-use std::{
-    fs::{self, File},
-    path::Path,
-    sync::Arc,
-};
+use std::{fs, path::Path, sync::Arc};
 
 use lowbit::formats::{self, Safetensors, Sharded, TensorSource, TensorView, gguf::Gguf};
 use memmap2::Mmap;
 
-use crate::{Config, Error, Result, llama_gguf::LlamaGguf};
+pub(crate) use crate::files::read_json as read;
+use crate::{Config, Error, Result, files, llama_gguf::LlamaGguf};
 
 /// The tensors of one file or several. They stay in their files until somebody looks at them; do not
 /// change the files meanwhile.
@@ -48,8 +45,11 @@ impl Tensors {
         if holds_gguf(path) {
             return Self::open(&path.join("model.gguf"));
         }
-        if file.exists() || !index.exists() {
+        if file.exists() {
             return Self::open(&file);
+        }
+        if !index.exists() {
+            return Err(no_weights(path));
         }
         let json = read(&index)?;
         let mut maps = Vec::new();
@@ -87,6 +87,10 @@ impl TensorSource for Tensors {
         self.source.names()
     }
 
+    fn names_under(&self, layer: &str) -> Vec<&str> {
+        self.source.names_under(layer)
+    }
+
     fn tensor(&self, name: &str) -> formats::Result<TensorView<'_>> {
         self.source.tensor(name)
     }
@@ -97,8 +101,22 @@ pub(crate) fn holds_gguf(folder: &Path) -> bool {
     folder.join("model.gguf").exists() && !folder.join("model.safetensors").exists()
 }
 
-pub(crate) fn read(path: &Path) -> Result<Vec<u8>> {
-    fs::read(path).map_err(|cause| Error::Io { path: path.into(), cause })
+/// A folder without weights that can be read: names those that cannot.
+fn no_weights(folder: &Path) -> Error {
+    let entries = fs::read_dir(folder).into_iter().flatten().flatten();
+    let mut names: Vec<_> = entries.map(|e| e.file_name().to_string_lossy().into_owned()).collect();
+    names.sort();
+    let is_other = |name: &&String| {
+        [".bin", ".pth", ".pt", ".onnx", ".h5", ".msgpack"].iter().any(|end| name.ends_with(end))
+    };
+    let reason = match names.iter().find(is_other) {
+        Some(other) => format!("no such file; save {other}, which is there, as safetensors"),
+        None => {
+            "no such file: a model folder has config.json, tokenizer.json and model.safetensors"
+                .into()
+        }
+    };
+    Error::File { file: folder.join("model.safetensors").display().to_string(), reason }
 }
 
 /// A file that is only read.
@@ -114,7 +132,7 @@ impl AsRef<[u8]> for Map {
 #[allow(unsafe_code, reason = "mapping is unsafe because other processes may change the file")]
 fn map(path: &Path) -> Result<Map> {
     let error = |cause| Error::Io { path: path.into(), cause };
-    let file = File::open(path).map_err(error)?;
+    let file = files::open(path)?;
     // SAFETY: the map is only read, as bytes, of which every pattern is valid, and keeps the file
     // alive. That nobody changes the file meanwhile is asked of the caller of `Tensors::open`:
     // no process can rule it out.

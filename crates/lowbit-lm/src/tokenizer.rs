@@ -1,4 +1,6 @@
-use crate::{Error, Result};
+use tokenizers::ModelWrapper;
+
+use crate::{Error, Result, files::not_json, growth};
 
 /// The text side of a model: `tokenizer.json`.
 pub struct Tokenizer {
@@ -10,23 +12,29 @@ impl Tokenizer {
     /// Reads tokenizer.json, which error messages call `file`.
     ///
     /// # Errors
-    /// [`Error::File`] if it is not one.
+    /// [`Error::Tokenizer`] if it is not one, or one that makes a text many times longer.
     pub fn parse(file: &str, json: &[u8]) -> Result<Self> {
-        let error = |e: tokenizers::Error| Error::File {
-            file: file.into(),
-            reason: format!("expected a tokenizer, but {e}"),
-        };
-        let mut inner = tokenizers::Tokenizer::from_bytes(json).map_err(error)?;
-        // Some files ask for texts to be cut or padded: never silently.
-        inner.with_truncation(None).map_err(error)?;
+        let error = |reason: String| Error::Tokenizer { file: file.into(), reason };
+        let mut inner = tokenizers::Tokenizer::from_bytes(json)
+            .map_err(|e| error(format!("expected a tokenizer, but {}", not_json(json, e))))?;
+        // Some files ask for texts to be cut or padded, or for merges to be left out by chance.
+        inner.with_truncation(None).map_err(|e| error(e.to_string()))?;
         inner.with_padding(None);
+        if let ModelWrapper::BPE(model) = inner.get_model()
+            && model.dropout.is_some()
+        {
+            let mut model = model.clone();
+            model.dropout = None;
+            inner.with_model(model);
+        }
+        growth::check(&inner).map_err(error)?;
         Ok(Self { file: file.into(), inner })
     }
 
     /// The tokens of `text`, with the special ones (such as BOS) that the tokenizer adds.
     ///
     /// # Errors
-    /// [`Error::File`] if the tokenizer fails.
+    /// [`Error::Tokenizer`] if the tokenizer fails.
     pub fn encode(&self, text: &str) -> Result<Vec<u32>> {
         self.encode_with(text, true)
     }
@@ -34,7 +42,7 @@ impl Tokenizer {
     /// The tokens of `text` alone.
     ///
     /// # Errors
-    /// [`Error::File`] if the tokenizer fails.
+    /// [`Error::Tokenizer`] if the tokenizer fails.
     pub fn encode_plain(&self, text: &str) -> Result<Vec<u32>> {
         self.encode_with(text, false)
     }
@@ -47,13 +55,13 @@ impl Tokenizer {
     /// The text of `ids`, without special tokens.
     ///
     /// # Errors
-    /// [`Error::File`] if the tokenizer fails.
+    /// [`Error::Tokenizer`] if the tokenizer fails.
     pub fn decode(&self, ids: &[u32]) -> Result<String> {
         self.inner.decode(ids, true).map_err(|e| self.error(&e))
     }
 
     fn error(&self, e: &tokenizers::Error) -> Error {
-        Error::File { file: self.file.clone(), reason: e.to_string() }
+        Error::Tokenizer { file: self.file.clone(), reason: e.to_string() }
     }
 }
 
@@ -123,6 +131,46 @@ mod tests {
             assert_eq!(t.decode(&t.encode(text).unwrap()).unwrap(), text);
             assert_eq!(t.encode(text).unwrap()[1..], t.encode_plain(text).unwrap());
         }
+    }
+
+    #[test]
+    fn merges_are_not_left_out_by_chance() {
+        let mut json = crate::tests::tiny::tokenizer();
+        json["model"]["dropout"] = 1.0.into();
+        let t = Tokenizer::parse("tokenizer.json", json.to_string().as_bytes()).unwrap();
+        assert_eq!(t.encode_plain("ab").unwrap(), tokenizer().encode_plain("ab").unwrap());
+    }
+
+    #[test]
+    fn rules_that_double_a_text_again_and_again_are_refused() {
+        use serde_json::{Value, json};
+        let parse = |part: &str, rules: Vec<Value>| {
+            let mut json = crate::tests::tiny::tokenizer();
+            let key = format!("{part}s").replace("pre_tokenizers", "pretokenizers");
+            json[part] = json!({"type": "Sequence", key: rules});
+            Tokenizer::parse("t.json", json.to_string().as_bytes()).map(|_| ())
+        };
+        let replace = |from: &str, to: &str| json!({"type": "Replace", "pattern": {"String": from}, "content": to});
+        let bytes = json!({"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true,
+                           "use_regex": false});
+        for (part, rule) in [
+            ("normalizer", replace("e", "eeee")),
+            ("normalizer", replace("ħ", "ħħħħ")),
+            ("pre_tokenizer", bytes),
+            ("decoder", replace("e", "eeee")),
+        ] {
+            let error = parse(part, vec![rule.clone(); 14]).unwrap_err().to_string();
+            assert_eq!(error, format!("t.json: its {part} makes a text more than 64 times longer"));
+            parse(part, vec![rule]).unwrap();
+        }
+        // Each letter once: the text grows three times, no matter how many rules.
+        let fractions: Vec<Value> =
+            ('a'..='z').map(|c| replace(&c.to_string(), &format!("{c}/2"))).collect();
+        parse("normalizer", fractions).unwrap();
+        // One rule that would write a gigabyte.
+        let any =
+            json!({"type": "Replace", "pattern": {"Regex": "."}, "content": "e".repeat(1 << 20)});
+        assert!(parse("normalizer", vec![any]).is_err());
     }
 
     #[test]

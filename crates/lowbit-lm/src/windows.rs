@@ -1,3 +1,7 @@
+use std::str;
+
+use lowbit::formats::recognize;
+
 use crate::{Checkpoint, Config, Error, Result};
 
 /// How a text becomes the windows that a model is evaluated on.
@@ -40,12 +44,113 @@ impl Default for Protocol {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Windows(Vec<Vec<u32>>);
 
+/// How much of a file decides what it is.
+const START: usize = 1 << 16;
+/// Fewer tokens say nothing about a layer's inputs.
+const LEAST_CALIBRATION: usize = 16;
+
 impl Windows {
-    /// The windows of `text`, the bytes of a file that error messages call `file`. Bytes that are
-    /// not UTF-8 are left out, CR LF counts as LF, and documents are stripped of white space.
+    /// The windows of a file, whose bytes are either a [token file](Self::is_token_file), of which whole
+    /// windows are taken up to `max_tokens`, or [a text](Self::from_text).
     ///
     /// # Errors
-    /// [`Error::Empty`] if there is no text, no document of at most max_tokens, or no room for a
+    /// Those of [`from_tokens`](Self::from_tokens) or [`from_text`](Self::from_text); [`Error::Invalid`] if
+    /// `protocol` cuts a token file, whose lines are its windows, into others.
+    ///
+    /// # Example
+    /// ```no_run
+    /// use lowbit_lm::{Checkpoint, Protocol, Windows, read_file};
+    ///
+    /// let checkpoint = Checkpoint::open("models/stories3m")?;
+    /// let file = "models/stories3m/eval.tokens";
+    /// let bytes = read_file(file.as_ref())?;
+    /// let windows = Windows::from_bytes(&checkpoint, file, &bytes, &Protocol::default())?;
+    /// println!("{} windows", windows.len());
+    /// # Ok::<(), lowbit_lm::Error>(())
+    /// ```
+    pub fn from_bytes(
+        checkpoint: &Checkpoint,
+        file: &str,
+        bytes: &[u8],
+        protocol: &Protocol,
+    ) -> Result<Self> {
+        if !Self::is_token_file(file, bytes) {
+            return Self::from_text(checkpoint, file, bytes, protocol);
+        }
+        if protocol.window.is_some() || protocol.skip_bytes != 0 {
+            let what = "its lines are its windows: leave window and skipped bytes out";
+            return Err(Error::Invalid(format!("{file} is a file of tokens, and {what}")));
+        }
+        if protocol.max_tokens == 0 {
+            return Err(Error::Empty { what: "max_tokens 0: must be at least 1".into() });
+        }
+        let text = utf8(file, bytes, 0)?;
+        Ok(Self::from_tokens(checkpoint.config(), file, text)?.first(protocol.max_tokens))
+    }
+
+    /// Is this a file of tokens, as [`from_tokens`](Self::from_tokens) reads it, and no text? It is if its
+    /// name ends in `.tokens`, or if nine of ten words at its start are numbers, in whatever brackets and
+    /// with whatever commas. Whether they are tokens of a model shows when it is read.
+    ///
+    /// # Example
+    /// ```
+    /// use lowbit_lm::Windows;
+    ///
+    /// assert!(Windows::is_token_file("story", b"1 403 407 261\n1 410 469"));
+    /// assert!(!Windows::is_token_file("story", b"3 little pigs lived in 3 houses"));
+    /// ```
+    pub fn is_token_file(file: &str, bytes: &[u8]) -> bool {
+        if file.ends_with(".tokens") {
+            return true;
+        }
+        let start = &bytes[..bytes.len().min(START)];
+        let (mut words, mut numbers) = (0_usize, 0_usize);
+        let between = |byte: &u8| byte.is_ascii_whitespace() || b",[]".contains(byte);
+        for word in start.split(between).filter(|word| !word.is_empty()) {
+            words += 1;
+            numbers += usize::from(word.len() <= 10 && word.iter().all(u8::is_ascii_digit));
+        }
+        words > 1 && numbers * 10 >= words * 9
+    }
+
+    /// Are these enough tokens to calibrate a model of this shape on? If not quite, what to say about it.
+    ///
+    /// The statistics of a layer of `k` inputs have `k` independent rows, or more than that many free
+    /// numbers: fewer tokens than the widest layer has inputs leave some of them to chance.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] for fewer than 16 tokens.
+    ///
+    /// # Example
+    /// ```no_run
+    /// use lowbit_lm::{Checkpoint, Windows};
+    ///
+    /// let checkpoint = Checkpoint::open("models/stories3m")?;
+    /// let windows = Windows::from_tokens(checkpoint.config(), "text", "1 403 407 261 378 432")?;
+    /// assert!(windows.check_calibration(checkpoint.config()).is_err());
+    /// # Ok::<(), lowbit_lm::Error>(())
+    /// ```
+    pub fn check_calibration(&self, config: &Config) -> Result<Option<String>> {
+        let widest = config.hidden_size.max(config.intermediate_size).max(config.q_size());
+        let tokens = self.predicted();
+        let few = format!(
+            "{tokens} tokens to calibrate on, for layers of up to {widest} inputs: give a text of at least"
+        );
+        match tokens {
+            ..LEAST_CALIBRATION => {
+                Err(Error::Invalid(format!("{few} {LEAST_CALIBRATION} tokens, better {widest}")))
+            }
+            _ if tokens < widest => Ok(Some(format!("{few} {widest} tokens"))),
+            _ => Ok(None),
+        }
+    }
+
+    /// The windows of `text`, the bytes of a file that error messages call `file`, whatever they are. CR LF
+    /// counts as LF, a byte order mark is left out, and so are parts of a character where `skip_bytes` or
+    /// the end of the file cut one; documents are stripped of white space.
+    ///
+    /// # Errors
+    /// [`Error::File`] naming the first byte that is no UTF-8, or 0; [`Error::Empty`] if there is no text, no document of at most max_tokens, or no room for a
     /// token; [`Error::Context`] if `window` and BOS exceed the model's context;
     /// [`Error::Config`] if config.json names no BOS; [`Error::Token`] if tokenizer and model do
     /// not belong together.
@@ -74,9 +179,7 @@ impl Windows {
             expected: "the token that opens a window".into(),
             got: "nothing".into(),
         })?;
-        let rest = text.get(skip_bytes..).unwrap_or(&[]);
-        let valid: String = rest.utf8_chunks().map(|chunk| chunk.valid()).collect();
-        let clean = valid.replace("\r\n", "\n");
+        let clean = utf8(file, text, skip_bytes)?.replace("\r\n", "\n");
         if clean.trim().is_empty() {
             let (len, what) = (text.len(), "there is no text to evaluate on");
             let what = format!("{file}: {what} in its {len} bytes after the first {skip_bytes}");
@@ -185,7 +288,8 @@ impl Windows {
         self.iter().map(|window| window.len() - 1).sum()
     }
 
-    /// The first windows, as many as hold `max_tokens` predicted tokens, but at least one.
+    /// The first windows, as many as hold `max_tokens` predicted tokens. If the first has more, it is cut;
+    /// one token is left at least.
     #[must_use]
     pub fn first(&self, max_tokens: usize) -> Self {
         let mut total = 0;
@@ -193,7 +297,40 @@ impl Windows {
             total += window.len() - 1;
             total <= max_tokens
         };
-        let count = self.0.iter().take_while(fits).count().max(1);
-        Self(self.0[..count].to_vec())
+        let count = self.0.iter().take_while(fits).count();
+        let mut windows = self.0[..count.max(1)].to_vec();
+        if count == 0 {
+            windows[0].truncate(max_tokens.max(1).saturating_add(1));
+        }
+        Self(windows)
+    }
+}
+
+/// The text in the bytes of a file, from byte `start` on.
+fn utf8<'a>(file: &str, bytes: &'a [u8], start: usize) -> Result<&'a str> {
+    let error = |reason: String| Error::File { file: file.into(), reason };
+    let something_else = |reason: String| match recognize(bytes) {
+        Some(kind) => error(format!("expected a text, but it is {kind}")),
+        None => error(format!("expected a text in UTF-8, but {reason}: is this another file?")),
+    };
+    let mut start = start.min(bytes.len());
+    if start == 0 && bytes.starts_with(b"\xef\xbb\xbf") {
+        start = 3;
+    }
+    // Whoever passes over a number of bytes may hit the middle of a character, which has four at most.
+    let cut = |byte: &&u8| start > 0 && **byte & 0xc0 == 0x80;
+    start += bytes[start..].iter().take(3).take_while(cut).count();
+    let rest = &bytes[start..];
+    let text = match str::from_utf8(rest) {
+        Ok(text) => text,
+        Err(e) if e.error_len().is_none() => str::from_utf8(&rest[..e.valid_up_to()]).unwrap_or(""),
+        Err(e) => {
+            let at = start + e.valid_up_to();
+            return Err(something_else(format!("byte {at} is 0x{:02x}", bytes[at])));
+        }
+    };
+    match text.bytes().position(|byte| byte == 0) {
+        None => Ok(text),
+        Some(at) => Err(something_else(format!("byte {} is 0", start + at))),
     }
 }

@@ -37,10 +37,10 @@
 #![forbid(unsafe_code)]
 
 pub use lowbit_algorithms::{
-    Alpha, Awq, Calibration, Calibrations, ChannelScale, Drift, Gptq, LlmInt8, METHODS, Method,
-    Needs, Obq, Order, OutlierRule, OutlierWeights, Plan, Quantized, Quantizer, Recipe, Report,
-    Rtn, SmoothQuant, Spqr, Uncalibrated, calibrations, layer_loss, obd_saliency, obs_saliency,
-    relative_loss,
+    Alpha, Awq, Calibration, Calibrations, ChannelScale, Drift, Gptq, InputSet, LlmInt8, METHODS,
+    Method, Needs, Obq, Order, OutlierRule, OutlierWeights, Plan, Quantized, Quantizer, Recipe,
+    Report, Rtn, SmoothQuant, Spqr, Uncalibrated, calibrations, layer_loss, obd_saliency,
+    obs_saliency, relative_loss,
 };
 #[cfg(feature = "testing")]
 pub use lowbit_core::testing;

@@ -97,7 +97,7 @@ pub(super) fn run(options: &Options) -> Result<()> {
     pack(one)?;
     let compute = match scheme.quantize(one, &mut Context::new())?.activation() {
         None => "f32".to_string(),
-        Some(activation) => format!("{:?}", activation.dtype).to_lowercase(),
+        Some(activation) => activation.dtype.to_string(),
     };
     let too_large = || anyhow!("a layer of {n} x {k} with {m} rows does not fit this machine");
     let weights = n.checked_mul(k).filter(|x| *x <= 1 << 40).ok_or_else(too_large)?;

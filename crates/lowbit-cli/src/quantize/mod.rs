@@ -8,7 +8,7 @@ mod input;
 mod stage;
 
 use std::{
-    collections::BTreeSet,
+    collections::BTreeMap,
     fs,
     io::Write,
     path::{Path, PathBuf},
@@ -18,20 +18,29 @@ use anyhow::{Context as _, Result, anyhow, bail};
 use indicatif::ProgressBar;
 use lowbit::{
     Calibration, Context, Needs, QLinear, Quantizer, Report as Decisions,
-    formats::{Tensor, TensorSource, TensorView, conventions, gguf},
+    formats::{
+        Tensor, TensorSource, TensorView,
+        conventions::{self, QuantizationConfig},
+        gguf,
+    },
 };
 use lowbit_lm::{
-    Checkpoint, Finished, LinearWeights, Tensors, Windows, llama_gguf,
-    quantize::{LayerReport, Quantization, relative_error},
+    Checkpoint, Finished, LinearWeights, Tensors, Unpacked, Windows, llama_gguf,
+    quantize::{self, LayerReport, Quantization, relative_error},
 };
 use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
-use self::{format::Format, input::Input, stage::Stage};
+use self::{
+    format::{Format, Shapes},
+    input::Input,
+    stage::{HIDDEN, Stage, fingerprint},
+};
 use crate::{
     Threads, model, progress,
     scheme::{MethodOptions, Scheme},
+    text,
 };
 
 /// Options of `lowbit quantize`.
@@ -46,6 +55,9 @@ pub(crate) struct Options {
     /// Convention to store the layers in
     #[arg(long, value_enum, value_name = "NAME", default_value_t = Format::Lowbit)]
     format: Format,
+    /// Layers to leave as they are: their names, in which * stands for any characters; repeatable
+    #[arg(long, value_name = "PATTERN")]
+    skip: Vec<String>,
     /// Folder to make; an interrupted run continues in FOLDER.part
     #[arg(long, value_name = "FOLDER")]
     out: PathBuf,
@@ -85,7 +97,7 @@ struct Part {
     quantization_config: Option<Value>,
 }
 
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, Deserialize)]
 struct Report {
     model: String,
     out: String,
@@ -105,8 +117,12 @@ struct Report {
     copied: Vec<String>,
     /// Tensors into which scales of channels were folded, in f32.
     folded: Vec<String>,
+    /// Linear layers that stay floats, and are named so in config.json.
+    floats: Vec<String>,
     /// Where the result is not what was asked for.
     substitutions: Vec<String>,
+    /// Tells runs apart: the same for the same model, method, format and texts.
+    job: Value,
 }
 
 pub(crate) fn run(options: &Options) -> Result<()> {
@@ -122,56 +138,106 @@ pub(crate) fn run(options: &Options) -> Result<()> {
         (Needs::Nothing, _) => None,
         _ => Some(format!("{} is calibrated block by block", scheme.name)),
     };
-    let input = Input::open(&options.model, why.as_deref())?;
-    let blocks = input.blocks();
-    let names = || blocks.iter().flatten();
-    let shapes = names().map(|name| input.shape(name)).collect::<Result<BTreeSet<_>>>()?;
-    options.format.check(&scheme, shapes)?;
+    let mut input = Input::open(&options.model, why.as_deref())?;
+    input.leave_out(&options.skip)?;
+    if !options.skip.is_empty() && scheme.recipe.scale.is_some() && needs > Needs::Nothing {
+        bail!(
+            "--skip does not go with {}, which folds scales of channels into neighbouring layers: choose a method without such scales, such as gptq",
+            scheme.name
+        );
+    }
+    let names = input.blocks().iter().flatten();
+    let shapes = names.map(|name| input.shape(name)).collect::<Result<Shapes>>()?;
+    options.format.check(&scheme, options.method.is_family(), &shapes)?;
     options.calibration.check_used(&scheme.name, needs > Needs::Nothing)?;
     let windows = match input.checkpoint().filter(|_| needs > Needs::Nothing) {
         Some(checkpoint) => options.calibration.windows(checkpoint, Some(&options.model), true)?,
         None => None,
     };
+    let run = Run { options, scheme: &scheme, input: &input, windows: windows.as_ref() };
+    let job = run.job()?;
+    let report_file = report_file(&options.model)?;
+    let stage = Stage::open(&options.out, options.format == Format::Gguf, &job, &report_file)?;
+    let report = if stage.is_complete() {
+        serde_json::from_slice(&model::read(&stage.path(&report_file))?)?
+    } else {
+        let parts = run.parts(&stage, &mut ctx);
+        let report = parts.and_then(|parts| run.finish(&stage, parts, &job, &report_file));
+        report.inspect_err(|_| stage.discard_if_empty())?
+    };
+    stage.rename(&options.out)?;
+    print(options, &report, &report_file)
+}
 
-    let stage = Stage::open(
-        &options.out,
-        options.format == Format::Gguf,
-        &job(options, &scheme, windows.as_ref())?,
-    )?;
-    let kept = stage.blocks();
-    let label = format!("{} {}", scheme.name, env!("CARGO_PKG_VERSION"));
-    let mut calibrated = match input.checkpoint().filter(|_| needs > Needs::Nothing) {
-        Some(checkpoint) => {
-            let finished = Some(Finished { folder: &kept, label: &label });
-            let folded_scales_only = !options.format.holds_scales();
-            let how = options.calibration.how(finished, folded_scales_only);
-            Some(Quantization::new(checkpoint, &scheme.recipe, windows.as_ref(), how)?)
+/// The name of the report: the model may have a file of that name itself, which is copied.
+fn report_file(model: &Path) -> Result<String> {
+    let hidden = model.join(HIDDEN);
+    if hidden.is_file() {
+        bail!("{} is in the way of the work: give it another name", hidden.display());
+    }
+    let mut name = "quantization.json".to_string();
+    for number in 2.. {
+        if !model.join(&name).exists() {
+            break;
         }
-        None => None,
-    };
-    let memory = match &calibrated {
-        Some(run) => run.memory(ctx.threads())?,
-        None => streaming_memory(&input, &scheme, ctx.threads())?,
-    };
-    let _ = writeln!(
-        std::io::stderr(), // which may be closed
-        "{} by {}: {} blocks, {} layers; needs up to {:.0} MiB of memory beside the mapped files",
-        options.model.display(),
-        scheme.name,
-        blocks.len(),
-        names().count(),
-        memory as f64 / f64::from(1 << 20),
-    );
-    let bar = progress(names().count(), &scheme.name);
-    let mut work = || -> Result<Vec<Part>> {
-        let mut parts = vec![others(&input, options, needs, &stage)?];
+        name = format!("quantization-{number}.json");
+    }
+    Ok(name)
+}
+
+/// What is to be done.
+struct Run<'a> {
+    options: &'a Options,
+    scheme: &'a Scheme,
+    input: &'a Input,
+    windows: Option<&'a Windows>,
+}
+
+impl Run<'_> {
+    /// Writes what is not there yet, and returns what the report says of each file.
+    fn parts(&self, stage: &Stage, ctx: &mut Context) -> Result<Vec<Part>> {
+        let Self { options, scheme, input, windows } = *self;
+        let needs = scheme.recipe.needs();
+        let kept = stage.blocks();
+        let label = format!("{} {}", scheme.name, env!("CARGO_PKG_VERSION"));
+        let mut calibrated = match input.checkpoint().filter(|_| needs > Needs::Nothing) {
+            Some(checkpoint) => {
+                let finished = Some(Finished { folder: &kept, label: &label });
+                let folded_scales_only = !options.format.holds_scales();
+                let how = options.calibration.how(finished, folded_scales_only);
+                let how = quantize::Options { left_out: input.left_out(), ..how };
+                Some(Quantization::new(checkpoint, &scheme.recipe, windows, how)?)
+            }
+            None => None,
+        };
+        let memory = match &calibrated {
+            Some(run) => run.memory(ctx.threads())?,
+            None => streaming_memory(input, scheme, ctx.threads())?,
+        };
+        let blocks = input.blocks();
+        let layers = blocks.iter().flatten().count();
+        let _ = writeln!(
+            std::io::stderr(), // which may be closed
+            "{} by {}: {} blocks, {layers} layers; needs up to {:.0} MiB of memory beside the mapped files",
+            options.model.display(),
+            scheme.name,
+            blocks.len(),
+            memory as f64 / f64::from(1 << 20),
+        );
+        let bar = progress(layers, &scheme.name);
+        let mut unpacked = Vec::new();
+        let mut parts = vec![others(input, options, needs, stage)?];
         for (names, index) in blocks.iter().zip(1..) {
             let done = stage.part(index, blocks.len());
             // The blocks behind it need the output of a block that is done.
             let block = match (&mut calibrated, &done) {
-                (Some(run), _) => Some(calibrated_block(run, &input, &mut ctx, &bar)?),
+                (Some(run), _) => {
+                    let (layers, norms, slow) = calibrated_block(run, input, ctx, &bar)?;
+                    unpacked.extend(slow);
+                    Some((layers, norms))
+                }
                 (None, None) => {
-                    Some((streamed_block(&input, names, &scheme, &ctx, &bar)?, Vec::new()))
+                    Some((streamed_block(input, names, scheme, ctx, &bar)?, Vec::new()))
                 }
                 (None, Some(_)) => {
                     bar.inc(names.len() as u64);
@@ -180,7 +246,7 @@ pub(crate) fn run(options: &Options) -> Result<()> {
             };
             parts.push(match (done, block) {
                 (None, Some((layers, norms))) => {
-                    let (part, tensors) = store(&input, options, &scheme, layers, norms, &ctx)?;
+                    let (part, tensors) = store(input, options, scheme, layers, norms, ctx)?;
                     let views: Vec<_> = tensors.iter().map(Tensor::view).collect();
                     stage.write_part((index, blocks.len()), &part, &views)?;
                     input.tensors().release();
@@ -189,13 +255,153 @@ pub(crate) fn run(options: &Options) -> Result<()> {
                 (done, _) => done.unwrap_or_default(),
             });
         }
+        bar.finish_and_clear();
+        model::say(&unpacked);
         Ok(parts)
+    }
+
+    /// What the run is about: another one may continue it only if it is the same.
+    fn job(&self) -> Result<Value> {
+        let Self { options, scheme, input, windows } = *self;
+        let model = fs::canonicalize(&options.model)?;
+        let mut files = Vec::new();
+        for entry in fs::read_dir(&model)? {
+            let entry = entry?;
+            // Of what a link leads to: caches of models are full of them.
+            let data = fs::metadata(entry.path())?;
+            if !data.is_file() {
+                continue;
+            }
+            let modified = data.modified()?.duration_since(std::time::UNIX_EPOCH);
+            let name = entry.file_name().to_string_lossy().into_owned();
+            files.push((name, data.len(), modified.map_or(0, |time| time.as_secs())));
+        }
+        files.sort();
+        Ok(json!({
+            "version": env!("CARGO_PKG_VERSION"),
+            "model": model.display().to_string(),
+            "files": files,
+            "method": scheme.name,
+            "format": options.format.name(),
+            "left_out": input.left_out(),
+            "true_sequential": options.calibration.is_true_sequential(),
+            "calibration": windows.map(|windows| {
+                // FNV-1a, to tell texts apart.
+                let fnv = |hash: u64, token: &u32| (hash ^ u64::from(*token)).wrapping_mul(0x0100_0000_01b3);
+                let hash = windows.iter().flatten().fold(0xcbf2_9ce4_8422_2325, fnv);
+                (windows.len(), windows.predicted(), format!("{hash:016x}"))
+            }),
+        }))
+    }
+
+    /// Writes index, configuration, the model's other files and, last, the report.
+    fn finish(&self, stage: &Stage, parts: Vec<Part>, job: &Value, file: &str) -> Result<Report> {
+        let Self { options, input, .. } = *self;
+        let blocks = parts.len() - 1;
+        let files: Vec<_> = (0..=blocks).map(|index| stage.part_name(index, blocks)).collect();
+        let opened = files.iter().map(|file| Tensors::open(&stage.path(file)));
+        let opened: Vec<_> = opened.collect::<Result<_, _>>()?;
+        let mut map = serde_json::Map::new();
+        let mut views = BTreeMap::new();
+        for (file, tensors) in files.iter().zip(&opened) {
+            for name in tensors.names() {
+                views.insert(name, tensors.tensor(name)?);
+                map.insert(name.into(), file.clone().into());
+            }
+        }
+        let bytes_after = views.values().map(|view| view.bytes.len()).sum();
+        let (mut copied, mut folded) = (Vec::new(), Vec::new());
+        for name in input.others() {
+            let old = input.tensors().tensor(name)?;
+            let same = views.get(name).is_some_and(|new| same_numbers(&old, new));
+            if same { &mut copied } else { &mut folded }.push(name.to_string());
+        }
+        let mut config: Value =
+            serde_json::from_slice(&model::read(&options.model.join("config.json"))?)?;
+        let floats = floats(input)?;
+        match input.checkpoint().filter(|_| stage.gguf) {
+            Some(checkpoint) => {
+                assemble(options, checkpoint, stage, views.into_values().collect())?;
+                drop(opened);
+                files.iter().try_for_each(|file| fs::remove_file(stage.path(file)))?;
+            }
+            None => {
+                let index = json!({"metadata": {"total_size": bytes_after}, "weight_map": map});
+                stage.write_json("model.safetensors.index.json", &index)?;
+                let quantization = parts.iter().find_map(|part| part.quantization_config.clone());
+                if let Some(mut quantization) = quantization {
+                    let floats: Vec<_> = floats.iter().map(String::as_str).collect();
+                    conventions::leave_out(&mut quantization, &floats);
+                    config["quantization_config"] = quantization;
+                }
+            }
+        }
+        stage.write_json("config.json", &config)?;
+        copy_others(&options.model, stage)?;
+        let layers = parts.into_iter().flat_map(|part| part.layers).collect();
+        let report = Report { copied, folded, floats, ..self.report(layers, bytes_after, job)? };
+        stage.write_json(file, &report)?;
+        Ok(report)
+    }
+
+    fn report(&self, layers: Vec<Layer>, bytes_after: usize, job: &Value) -> Result<Report> {
+        let Self { options, scheme, input, windows } = *self;
+        let tensors = input.tensors();
+        let mut bytes_before = 0;
+        for name in tensors.names() {
+            bytes_before += tensors.tensor(name)?.bytes.len();
+        }
+        let weights: usize = layers.iter().map(|layer| layer.weights).sum();
+        let bytes: usize = layers.iter().map(|layer| layer.bytes).sum();
+        let errors: f64 = layers.iter().map(|layer| layer.relative_error).sum();
+        let substitutions = layers.iter().flat_map(|layer| {
+            layer.substitutions.iter().map(|what| format!("{}: {what}", layer.name))
+        });
+        Ok(Report {
+            model: options.model.display().to_string(),
+            out: options.out.display().to_string(),
+            method: scheme.name.clone(),
+            format: options.format.name(),
+            calibration_tokens: windows.map_or(0, Windows::predicted),
+            bits_per_weight: bytes as f64 * 8.0 / weights.max(1) as f64,
+            weight_bytes: bytes,
+            bytes_before,
+            bytes_after,
+            mean_relative_error: errors / layers.len().max(1) as f64,
+            substitutions: substitutions.collect(),
+            copied: Vec::new(),
+            folded: Vec::new(),
+            floats: Vec::new(),
+            job: fingerprint(job),
+            layers,
+        })
+    }
+}
+
+/// The linear layers that stay floats. A head that is tied to the embedding has no tensor of its own.
+fn floats(input: &Input) -> Result<Vec<String>> {
+    let mut floats = input.linear_floats()?;
+    if !input.tensors().names().iter().any(|name| name.ends_with("lm_head.weight")) {
+        floats.push("lm_head".into());
+    }
+    Ok(floats)
+}
+
+/// Compares a few numbers at a time: embeddings are large.
+fn same_numbers(a: &TensorView<'_>, b: &TensorView<'_>) -> bool {
+    const NUMBERS: usize = 1 << 16;
+    if a.dtype == b.dtype {
+        return a.bytes == b.bytes;
+    }
+    let (Some((1, size_a)), Some((1, size_b))) = (a.dtype.block(), b.dtype.block()) else {
+        return false;
     };
-    let parts = work().inspect_err(|_| stage.discard_if_empty())?;
-    bar.finish_and_clear();
-    let tokens = windows.map_or(0, |windows| windows.predicted());
-    let report = finish(options, &scheme, &input, &stage, parts, tokens)?;
-    print(options, &report)
+    let f32 = |view: &TensorView<'_>, bytes| TensorView { bytes, ..*view }.to_f32().ok();
+    a.bytes.len() / size_a == b.bytes.len() / size_b
+        && a.bytes
+            .chunks(NUMBERS * size_a)
+            .zip(b.bytes.chunks(NUMBERS * size_b))
+            .all(|(x, y)| f32(a, x).is_some_and(|x| Some(x) == f32(b, y)))
 }
 
 /// Writes what belongs to no linear layer, as it is; but for the norms of blocks that may take scales.
@@ -226,20 +432,25 @@ fn others(input: &Input, options: &Options, needs: Needs, stage: &Stage) -> Resu
 
 /// The tensors that are copied.
 fn copied(input: &Input, needs: Needs) -> Vec<&str> {
-    let of_block = |name: &str| needs > Needs::Nothing && name.starts_with("model.layers.");
+    let left_out = |layer: &str| input.left_out().iter().any(|name| name == layer);
+    let of_block = |name: &str| {
+        let layer = name.rsplit_once('.').map_or(name, |(layer, _)| layer);
+        needs > Needs::Nothing && name.starts_with("model.layers.") && !left_out(layer)
+    };
     input.others().into_iter().filter(|name| !of_block(name)).collect()
 }
 
 /// The layers of a block and what was done to them.
 type Layers = Vec<(QLinear, LayerReport)>;
 
-/// The layers of a block and the norms that belong to it, quantized on what the blocks before it give.
+/// The layers of a block and the norms that belong to it, quantized on what the blocks before it give, and
+/// which of the layers no kernel takes.
 fn calibrated_block(
     run: &mut Quantization<'_>,
     input: &Input,
     ctx: &mut Context,
     bar: &ProgressBar,
-) -> Result<(Layers, Vec<Tensor>)> {
+) -> Result<(Layers, Vec<Tensor>, Vec<Unpacked>)> {
     let block = run.next_block(ctx, |layer| model::pack(layer, None), |_| bar.inc(1))?;
     let block = block.ok_or_else(|| anyhow!("the model has fewer blocks than names of layers"))?;
     let norm = |(name, gains): (String, Vec<f32>)| -> Result<Tensor> {
@@ -250,8 +461,9 @@ fn calibrated_block(
             false => Tensor::f32(name, vec![gains.len()], &gains),
         })
     };
+    let unpacked = block.unpacked();
     let norms = block.norms.into_iter().map(norm).collect::<Result<_>>()?;
-    Ok((block.layers, norms))
+    Ok((block.layers, norms, unpacked))
 }
 
 /// The layers of a block, quantized side by side, each by itself.
@@ -350,8 +562,11 @@ fn store_layer(
     }
     // What the files say to whoever reads them, not what was meant to be written.
     let config = convention.config(&layer);
-    let reader = config.as_ref().map(conventions::from_config).transpose()?;
-    let back = reader.as_ref().unwrap_or(&convention).read(&tensors, &name)?;
+    let reader = config.as_ref().map(QuantizationConfig::parse).transpose()?.unwrap_or_default();
+    let back = match reader.read(&tensors, &name)? {
+        Some(back) => back.layer,
+        None => convention.read(&tensors, &name)?,
+    };
     if back.weight() != layer.weight() || back.transforms() != layer.transforms() {
         let (meant, read) = (layer.effective_weight()?, back.effective_weight()?);
         let difference = |(a, b): (&f32, &f32)| (a - b).abs();
@@ -387,7 +602,7 @@ fn streaming_memory(input: &Input, scheme: &Scheme, threads: usize) -> Result<u6
     let mut largest = 0;
     for names in input.blocks() {
         let (mut stored, mut layers) = (0, Vec::new());
-        for name in &names {
+        for name in names {
             let (n, k) = input.shape(name)?;
             let plan = scheme.recipe.plan(n, k)?;
             stored += plan.bytes as u64;
@@ -397,119 +612,6 @@ fn streaming_memory(input: &Input, scheme: &Scheme, threads: usize) -> Result<u6
         largest = largest.max(3 * stored + layers.iter().take(threads).sum::<u64>());
     }
     Ok(largest)
-}
-
-/// What a run is about: another one may continue it only if it is the same.
-fn job(options: &Options, scheme: &Scheme, windows: Option<&Windows>) -> Result<Value> {
-    let model = fs::canonicalize(&options.model)?;
-    let mut files = Vec::new();
-    for entry in fs::read_dir(&model)? {
-        let entry = entry?;
-        // Of what a link leads to: caches of models are full of them.
-        let data = fs::metadata(entry.path())?;
-        if !data.is_file() {
-            continue;
-        }
-        let modified = data.modified()?.duration_since(std::time::UNIX_EPOCH);
-        let name = entry.file_name().to_string_lossy().into_owned();
-        files.push((name, data.len(), modified.map_or(0, |time| time.as_secs())));
-    }
-    files.sort();
-    Ok(json!({
-        "version": env!("CARGO_PKG_VERSION"),
-        "model": model.display().to_string(),
-        "files": files,
-        "method": scheme.name,
-        "format": options.format.name(),
-        "true_sequential": options.calibration.is_true_sequential(),
-        "calibration": windows.map(|windows| {
-            // FNV-1a, to tell texts apart.
-            let fnv = |hash: u64, token: &u32| (hash ^ u64::from(*token)).wrapping_mul(0x0100_0000_01b3);
-            let hash = windows.iter().flatten().fold(0xcbf2_9ce4_8422_2325, fnv);
-            (windows.len(), windows.predicted(), format!("{hash:016x}"))
-        }),
-    }))
-}
-
-/// Index, configuration, the model's other files and the report; then the folder gets its name.
-fn finish(
-    options: &Options,
-    scheme: &Scheme,
-    input: &Input,
-    stage: &Stage,
-    parts: Vec<Part>,
-    calibration_tokens: usize,
-) -> Result<Report> {
-    let blocks = parts.len() - 1;
-    let files: Vec<_> = (0..=blocks).map(|index| stage.part_name(index, blocks)).collect();
-    let opened = files.iter().map(|file| Tensors::open(&stage.path(file)));
-    let opened: Vec<_> = opened.collect::<Result<_, _>>()?;
-    let mut map = serde_json::Map::new();
-    let mut views = Vec::new();
-    for (file, tensors) in files.iter().zip(&opened) {
-        for name in tensors.names() {
-            views.push(tensors.tensor(name)?);
-            map.insert(name.into(), file.clone().into());
-        }
-    }
-    let tensors = input.tensors();
-    let bytes_after: usize = views.iter().map(|view| view.bytes.len()).sum();
-    let mut bytes_before = 0;
-    for name in tensors.names() {
-        bytes_before += tensors.tensor(name)?.bytes.len();
-    }
-    let (mut copied, mut folded) = (Vec::new(), Vec::new());
-    for name in input.others() {
-        let old = tensors.tensor(name)?.to_f32().ok();
-        let new = views.iter().find(|view| view.name == name).and_then(|view| view.to_f32().ok());
-        if old == new { &mut copied } else { &mut folded }.push(name.to_string());
-    }
-    let mut config: Value =
-        serde_json::from_slice(&model::read(&options.model.join("config.json"))?)?;
-    match input.checkpoint().filter(|_| stage.gguf) {
-        Some(checkpoint) => {
-            assemble(options, checkpoint, stage, views)?;
-            drop(opened);
-            files.iter().try_for_each(|file| fs::remove_file(stage.path(file)))?;
-        }
-        None => {
-            let index = json!({"metadata": {"total_size": bytes_after}, "weight_map": map});
-            stage.write_json("model.safetensors.index.json", &index)?;
-            let quantization = parts.iter().find_map(|part| part.quantization_config.clone());
-            if let Some(quantization) = quantization {
-                config["quantization_config"] = quantization;
-            }
-        }
-    }
-    stage.write_json("config.json", &config)?;
-    copy_others(&options.model, stage)?;
-
-    let layers: Vec<Layer> = parts.into_iter().flat_map(|part| part.layers).collect();
-    let weights: usize = layers.iter().map(|layer| layer.weights).sum();
-    let bytes: usize = layers.iter().map(|layer| layer.bytes).sum();
-    let errors: f64 = layers.iter().map(|layer| layer.relative_error).sum();
-    let substitutions = layers
-        .iter()
-        .flat_map(|layer| layer.substitutions.iter().map(|what| format!("{}: {what}", layer.name)));
-    let report = Report {
-        model: options.model.display().to_string(),
-        out: options.out.display().to_string(),
-        method: scheme.name.clone(),
-        format: options.format.name(),
-        calibration_tokens,
-        bits_per_weight: bytes as f64 * 8.0 / weights.max(1) as f64,
-        weight_bytes: bytes,
-        bytes_before,
-        bytes_after,
-        mean_relative_error: errors / layers.len().max(1) as f64,
-        substitutions: substitutions.collect(),
-        copied,
-        folded,
-        layers,
-    };
-    stage.write_json("quantization.json", &report)?;
-    stage.rename(&options.out, blocks)?;
-    Ok(report)
 }
 
 /// One GGUF file of all parts, with the metadata of llama.cpp.
@@ -539,6 +641,7 @@ fn copy_others(from: &Path, stage: &Stage) -> Result<()> {
         let entry = entry?;
         let name = entry.file_name().to_string_lossy().into_owned();
         let weights = [".safetensors", ".gguf", ".bin", ".pt", ".pth", ".index.json"];
+        // The configuration is another one; the weights are in files of other names.
         let skip = name == "config.json" || weights.iter().any(|end| name.ends_with(end));
         if skip || !fs::metadata(entry.path())?.is_file() {
             continue;
@@ -549,7 +652,7 @@ fn copy_others(from: &Path, stage: &Stage) -> Result<()> {
     Ok(())
 }
 
-fn print(options: &Options, report: &Report) -> Result<()> {
+fn print(options: &Options, report: &Report, file: &str) -> Result<()> {
     let mut to = std::io::stdout();
     if options.json {
         writeln!(to, "{}", serde_json::to_string_pretty(report)?)?;
@@ -571,6 +674,7 @@ fn print(options: &Options, report: &Report) -> Result<()> {
         let mean = all.iter().map(|(error, _)| error).sum::<f64>() / all.len() as f64;
         let worst = all.iter().max_by(|a, b| a.0.total_cmp(&b.0))?;
         let (error, name) = worst;
+        let name = text::name(name);
         Some(format!("{what}: {mean:.2e} on average, at most {error:.2e} in {name}"))
     };
     for line in [
@@ -586,16 +690,12 @@ fn print(options: &Options, report: &Report) -> Result<()> {
         [] => {}
         folded => writeln!(to, "scales of channels are folded into {} norms", folded.len())?,
     }
-    writeln!(
-        to,
-        "{} other tensors copied as they are; the report is quantization.json",
-        report.copied.len()
-    )?;
+    writeln!(to, "{} other tensors copied as they are; the report is {file}", report.copied.len())?;
     match &report.substitutions[..] {
         [] => writeln!(to, "no substitutions")?,
         all => {
             writeln!(to, "substitutions:")?;
-            all.iter().try_for_each(|what| writeln!(to, "  {what}"))?;
+            all.iter().try_for_each(|what| writeln!(to, "  {}", text::message(what)))?;
         }
     }
     Ok(())

@@ -26,7 +26,7 @@
 //! # Ok::<(), lowbit_core::Error>(())
 //! ```
 
-use alloc::{format, vec, vec::Vec};
+use alloc::{string::ToString, vec, vec::Vec};
 
 use lowbit_dtypes::bf16;
 
@@ -465,7 +465,7 @@ pub fn quantization(w: MatRef<'_, f32>, scheme: QuantScheme, fit: &Fit) -> Resul
         || scheme.zero.real().is_some_and(two_level)
         || scheme.zero == ZeroFormat::None
     {
-        let what = format!("{scheme:?}");
+        let what = scheme.to_string();
         return Err(Error::Unsupported { by: "the bound of quantization", what });
     }
     let (n, k) = w.shape();

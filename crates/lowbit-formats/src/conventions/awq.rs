@@ -14,10 +14,10 @@ use lowbit_dtypes::NibbleOrder;
 use serde_json::{Value, json};
 
 use super::{
-    Convention, number,
+    Convention,
     parts::{self, Layer, Writer},
 };
-use crate::{Dtype, Error, Result, Tensor, TensorSource};
+use crate::{Dtype, Result, Tensor, TensorSource};
 
 const NAME: &str = "awq";
 /// Codes in a word.
@@ -57,21 +57,6 @@ pub enum AwqVersion {
 }
 
 impl Awq {
-    pub(super) fn from_config(config: &Value) -> Result<Self> {
-        let error = |reason| Err(Error::Config { reason });
-        let version = config.get("version").and_then(Value::as_str).unwrap_or("gemm");
-        let version = match version.to_ascii_lowercase().as_str() {
-            "gemm" => AwqVersion::Gemm,
-            "gemv" => AwqVersion::Gemv,
-            _ => return error(format!("version {version:?} of awq is not supported")),
-        };
-        match number(config, &["bits", "w_bit"]) {
-            None | Some(4) => {}
-            Some(bits) => return error(format!("awq of {bits} bits, expected 4")),
-        }
-        Ok(Self { version, group_size: number(config, &["group_size", "q_group_size"]) })
-    }
-
     fn read_gemm(self, layer: Layer<'_>) -> Result<QLinear> {
         let (qweight, [k, words]) = layer.matrix("qweight", Dtype::I32)?;
         let (scales, scale_format, [groups, n]) = layer.scales("scales")?;
@@ -161,7 +146,7 @@ impl Convention for Awq {
     fn write(&self, layer: &QLinear, name: &str) -> Result<Vec<Tensor>> {
         let writer = Writer { convention: NAME, layer, name };
         writer.plain(false, false)?;
-        let (bits, group_size) = (writer.bits()?, writer.group_size()?);
+        let bits = writer.bits()?;
         if bits != 4 {
             return Err(writer.unsupported(format!("codes of {bits} bits, only of 4")));
         }
@@ -175,6 +160,7 @@ impl Convention for Awq {
                 if !n.is_multiple_of(PER_WORD) {
                     return Err(writer.unsupported(format!("{n} outputs, only multiples of 8")));
                 }
+                writer.full_groups()?;
                 let (codes, words) = parts::words(weight.codes(), n, k.div_ceil(2));
                 let columns = parts::transposed::<4>(&codes, n, words);
                 let zeros = parts::transposed::<1>(&zeros, n, groups);
@@ -194,7 +180,7 @@ impl Convention for Awq {
                 if !k.is_multiple_of(PER_WORD) {
                     return Err(writer.unsupported(format!("{k} inputs, only multiples of 8")));
                 }
-                let multiple = match group_size {
+                let multiple = match writer.full_groups()? {
                     0..64 => 4,
                     64..128 => 2,
                     _ => 1,

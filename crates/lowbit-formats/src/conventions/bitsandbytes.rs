@@ -8,7 +8,7 @@
 //! | `SCB` | F32 (n) | max\|w\| of each row: `w = code · SCB / 127` |
 //! | `weight_format` | U8 () | 0: rows as they are |
 //!
-//! NF4 and FP4, blocks of a row, the code of the even column in the high nibble:
+//! NF4 and FP4, blocks of the rows back to back, the code of the even element in the high nibble:
 //!
 //! | tensor | shape | |
 //! |---|---|---|
@@ -19,7 +19,8 @@
 //!
 //! With double quantization `weight.absmax` is U8, and the scale of block i is
 //! `nested_quant_map[absmax[i]] · nested_absmax[i / nested_blocksize] + nested_offset`. It is read as
-//! an f32, so that the layer has the same numbers but takes 4.5 bits a weight, not 4.13.
+//! an f32, so that the layer has the same numbers but takes 4.5 bits a weight, not 4.13. Blocks that run
+//! across rows become groups of as many weights as divide both, with the same numbers and more scales.
 
 use lowbit_core::{
     ActivationScheme, Granularity, Levels, Outliers, QLinear, QMatrix, QuantScheme, QuantType,
@@ -31,7 +32,7 @@ use super::{
     Convention,
     parts::{self, Layer, Writer},
 };
-use crate::{Dtype, Error, Result, Tensor, TensorSource};
+use crate::{Dtype, Result, Tensor, TensorSource};
 
 const NAME: &str = "bitsandbytes int8";
 
@@ -57,20 +58,6 @@ const NAME: &str = "bitsandbytes int8";
 pub struct BnbInt8 {
     /// From which magnitude on features stay in f32; `None` for layers with f32 inputs.
     pub threshold: Option<f32>,
-}
-
-pub(super) fn from_config(config: &Value) -> Result<Box<dyn Convention>> {
-    let is = |key| config.get(key).and_then(Value::as_bool).unwrap_or(false);
-    if is("load_in_4bit") || is("_load_in_4bit") {
-        return Ok(Box::new(Bnb4));
-    }
-    if !is("load_in_8bit") && !is("_load_in_8bit") {
-        let reason = "bitsandbytes without load_in_8bit or load_in_4bit".into();
-        return Err(Error::Config { reason });
-    }
-    let threshold = config.get("llm_int8_threshold").and_then(Value::as_f64).unwrap_or(6.0);
-    // A threshold of 0 means none: all features are int8.
-    Ok(Box::new(BnbInt8 { threshold: Some(threshold as f32) }))
 }
 
 impl Convention for BnbInt8 {
@@ -213,13 +200,15 @@ impl Convention for Bnb4 {
         else {
             return Err(state.error("expected a shape of two sizes".into()));
         };
-        let group = number("blocksize")?;
-        if !k.is_multiple_of(group) {
-            return Err(state.error(format!("blocks of {group} run across rows of {k}")));
-        }
+        let block = number("blocksize")?;
         let weight = layer.get("weight")?;
         // The bytes may be viewed as another type.
         weight.check_len()?;
+        let elements = n.checked_mul(k).filter(|n| n.div_ceil(2) == weight.bytes.len());
+        let Some(elements) = elements else {
+            let bytes = weight.bytes.len();
+            return Err(weight.error(format!("{bytes} bytes are no codes of {n} x {k} weights")));
+        };
         let map = layer.get("weight.quant_map")?;
         let levels = Levels::new(&map.to_f32()?).map_err(|cause| layer.error(map.file, cause))?;
         let absmax = layer.get("weight.absmax")?;
@@ -243,16 +232,28 @@ impl Convention for Bnb4 {
             }
             _ => absmax.to_f32()?,
         };
-        let codes = weight.bytes.iter().map(|byte| byte.rotate_left(4)).collect();
-        let scales = scales.into_iter().flat_map(f32::to_le_bytes).collect();
+        if scales.len() != elements.div_ceil(block) {
+            let (got, expected) = (scales.len(), elements.div_ceil(block));
+            return Err(absmax.error(format!("it has {got} scales, expected {expected}")));
+        }
+        // Blocks may run across rows. The largest groups that end where rows and blocks end have one scale
+        // each, that of their block.
+        let group = gcd(k, block);
+        let groups = elements / group;
+        let scales = (0..groups).flat_map(|i| scales[i * group / block].to_le_bytes()).collect();
+        let codes: Vec<u8> = weight.bytes.iter().map(|byte| byte.rotate_left(4)).collect();
+        // An odd row does not end with a byte there.
+        let codes = match k.is_multiple_of(2) {
+            true => codes,
+            false => {
+                let all = codes.iter().flat_map(|byte| [byte & 15, byte >> 4]);
+                parts::pack_rows(4, &all.take(elements).collect::<Vec<_>>(), k)
+            }
+        };
         let scheme = QuantScheme {
             scale_format: ScaleFormat::F32,
             ..QuantScheme::levels(QuantType::Table(levels), Granularity::PerGroup(group))
         };
-        // An odd row does not end with a byte here.
-        if !k.is_multiple_of(2) {
-            return Err(state.error(format!("rows of {k}, expected an even number")));
-        }
         layer.finish(QMatrix::from_parts(n, k, scheme, codes, scales, None), weight.file)
     }
 
@@ -299,6 +300,13 @@ impl Convention for Bnb4 {
             "bnb_4bit_compute_dtype": "float32",
         }))
     }
+}
+
+fn gcd(mut a: usize, mut b: usize) -> usize {
+    while b > 0 {
+        (a, b) = (b, a % b);
+    }
+    a
 }
 
 /// The f32 whose 127th part is `scale`, or next to it.

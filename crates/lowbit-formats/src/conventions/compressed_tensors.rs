@@ -6,11 +6,13 @@
 //! | | `weight_scale` | (n, groups) | |
 //! | | `weight_zero_point` | I32 (⌈n·bits/32⌉, groups) | packed along n; absent if symmetric |
 //! | | `weight_shape` | I64 (2) | n, k |
-//! | | `weight_g_idx` | I32 (k) | the group of each input feature (−1: unset), of activation order |
+//! | | `weight_g_idx` | I32 (k) | the group of each input feature (−1: unset), of activation order; read only |
 //! | `int-quantized` | `weight` | I8 (n, k) | |
 //! | | `weight_scale` | (n, groups), (n), (1) or () | |
 //! | | `weight_zero_point` | I8, as the scale | absent if symmetric |
+//! | | `weight_g_idx` | I32 (k) | as above |
 //! | | `input_scale` | (1) | of static int8 activations |
+//! | | `input_zero_point` | I8 (1) | of such activations with a zero |
 //!
 //! Codes and zeros are signed, −2^(bits−1) … 2^(bits−1) − 1; packed ones have 2^(bits−1) added, which
 //! makes them those of [`QMatrix`]. `w = scale · (code − zero)`. Groups that activation order has scattered become
@@ -23,42 +25,10 @@ use lowbit_dtypes::packed_len;
 use serde_json::{Value, json};
 
 use super::{
-    Convention, Fp8, Mxfp4, Nvfp4, number,
+    Convention,
     parts::{self, Layer, Writer},
 };
-use crate::{Dtype, Error, Result, Tensor, TensorSource};
-
-/// The first of `config_groups` says it all where there is no other format among them.
-pub(super) fn from_config(config: &Value) -> Result<Box<dyn Convention>> {
-    let groups = config.get("config_groups").and_then(Value::as_object);
-    let group = groups.and_then(|groups| groups.values().next());
-    let part = |name| group.and_then(|group| group.get(name)).filter(|part| !part.is_null());
-    let weights = part("weights");
-    let format = config.get("format").and_then(Value::as_str).unwrap_or("");
-    match format {
-        "pack-quantized" => Ok(Box::new(CompressedPacked {
-            bits: weights
-                .and_then(|weights| number(weights, &["num_bits"]))
-                .and_then(|bits| u8::try_from(bits).ok()),
-            group_size: weights.and_then(|weights| number(weights, &["group_size"])),
-        })),
-        "int-quantized" => {
-            let dynamic = part("input_activations")
-                .is_some_and(|input| input.get("dynamic").and_then(Value::as_bool) == Some(true));
-            Ok(Box::new(CompressedInt { dynamic }))
-        }
-        "float-quantized" | "mxfp8-quantized" => {
-            let block = weights.and_then(|weights| weights.get("block_structure"));
-            Ok(Box::new(Fp8::from_config(&json!({"weight_block_size": block}))))
-        }
-        "nvfp4-pack-quantized" => Ok(Box::new(Nvfp4 { reciprocal: true })),
-        "mxfp4-pack-quantized" => Ok(Box::new(Mxfp4)),
-        _ => {
-            let reason = format!("the format {format:?} of compressed-tensors is not supported");
-            Err(Error::Config { reason })
-        }
-    }
-}
+use crate::{Dtype, Result, Tensor, TensorSource, TensorView};
 
 /// The format `pack-quantized`: integers of 1 to 8 bits.
 ///
@@ -121,20 +91,7 @@ impl Convention for CompressedPacked {
         };
         let (scales, scale_format, [_, groups]) = layer.scales("weight_scale")?;
         parts::expect_rows(&scales, n)?;
-        let g_idx = layer.find("weight_g_idx").map(|view| {
-            parts::expect_shape(&view, &[k])?;
-            parts::groups_of(&view)
-        });
-        let (group_size, order) = match g_idx.transpose()?.flatten() {
-            Some(g_idx) => parts::order(&g_idx, groups).ok_or_else(|| {
-                scales.error(format!("weight_g_idx does not make {groups} groups of one size"))
-            })?,
-            None => {
-                let size = parts::group_size(k, groups, self.group_size);
-                let wrong = || scales.error(format!("{groups} groups of one size are not {k}"));
-                (size.ok_or_else(wrong)?, None)
-            }
-        };
+        let (group_size, order) = groups_of(layer, &scales, (k, groups), self.group_size)?;
         let width = u32::from(bits);
         let mut codes = parts::restride(packed.bytes.to_vec(), n, 4 * words, packed_len(k, width));
         parts::clear_padding(&mut codes, k, width);
@@ -163,29 +120,22 @@ impl Convention for CompressedPacked {
 
     fn write(&self, layer: &QLinear, name: &str) -> Result<Vec<Tensor>> {
         let writer = Writer { convention: self.name(), layer, name };
-        writer.plain(true, false)?;
+        // compressed-tensors has removed `actorder: group` and looks at no `weight_g_idx` (0.20.1).
+        writer.plain(false, false)?;
         let weight = writer.weight();
         let bits = writer.bits()?;
-        let (group_size, order) = (writer.group_size()?, writer.order()?);
+        writer.full_groups()?;
         let ((n, k), (_, groups)) = ((weight.rows(), weight.cols()), weight.grid());
         let width = u32::from(bits);
         let (stride, words) = (packed_len(k, width), packed_len(k, width).div_ceil(4));
         let scale_dtype = writer.scale_dtype()?;
-        let mut codes = weight.codes().to_vec();
-        if let Some(places) = &order {
-            parts::gather_columns(width, &mut codes, places);
-        }
-        let packed = parts::restride(codes, n, stride, 4 * words);
+        let packed = parts::restride(weight.codes().to_vec(), n, stride, 4 * words);
         let shape = [n as i64, k as i64].into_iter().flat_map(i64::to_le_bytes).collect();
         let mut tensors = vec![
             writer.tensor("weight_packed", Dtype::I32, &[n, words], packed),
             writer.tensor("weight_scale", scale_dtype, &[n, groups], weight.scales().to_vec()),
             writer.tensor("weight_shape", Dtype::I64, &[2], shape),
         ];
-        if let Some(places) = &order {
-            let g_idx: Vec<_> = places.iter().map(|at| (at / group_size) as i32).collect();
-            tensors.push(Tensor::i32(format!("{name}.weight_g_idx"), vec![k], &g_idx));
-        }
         if let Some(zeros) = writer.zeros()? {
             let stride = packed_len(n, width);
             let zeros = parts::pack_rows(width, &parts::transposed::<1>(&zeros, n, groups), n);
@@ -199,11 +149,12 @@ impl Convention for CompressedPacked {
     }
 
     fn config(&self, layer: &QLinear) -> Option<Value> {
-        Some(config("pack-quantized", layer, Value::Null))
+        Some(integers("pack-quantized", layer, Value::Null))
     }
 }
 
-/// The format `int-quantized`: 8 bits, one a byte.
+/// The format `int-quantized`: 8 bits, one a byte, beside inputs that are quantized too. (Layers with inputs in f32 are
+/// written as [`CompressedPacked`].)
 ///
 /// # Example
 /// ```
@@ -238,12 +189,11 @@ impl Convention for CompressedInt {
         let layer = Layer { source, name };
         let (weight, [n, k]) = layer.matrix("weight", Dtype::I8)?;
         let (scales, scale_format, [rows, groups]) = layer.scales("weight_scale")?;
-        let granularity = match (rows, groups) {
-            (1, 1) if n > 1 => Granularity::PerTensor,
+        let (granularity, order) = match (rows, groups) {
+            (1, 1) if n > 1 => (Granularity::PerTensor, None),
             _ if rows == n => {
-                let size = parts::group_size(k, groups, None);
-                let wrong = || scales.error(format!("{groups} groups of one size are not {k}"));
-                parts::granularity(k, size.ok_or_else(wrong)?)
+                let (size, order) = groups_of(layer, &scales, (k, groups), None)?;
+                (parts::granularity(k, size), order)
             }
             _ => return Err(scales.error(format!("its shape is {:?}", scales.shape))),
         };
@@ -256,20 +206,15 @@ impl Convention for CompressedInt {
             }
         };
         let scheme = parts::integers(8, granularity, scale_format, zeros.as_deref());
-        let codes = weight.bytes.iter().map(|code| code ^ 0x80).collect();
+        let mut codes: Vec<u8> = weight.bytes.iter().map(|code| code ^ 0x80).collect();
+        if let Some(order) = &order {
+            parts::gather_columns(8, &mut codes, order);
+        }
         let scales = scales.bytes.to_vec();
         let matrix = QMatrix::from_parts(n, k, scheme, codes, scales, zeros);
-        let linear = layer.finish(matrix, weight.file)?;
-        let scale = layer.find("input_scale").map(|view| view.to_f32()).transpose()?;
-        let scales = match scale.as_deref() {
-            Some(&[scale]) => Some(ActivationScales::Static { scale, zero_point: 0 }),
-            _ => self.dynamic.then_some(ActivationScales::PerToken),
-        };
-        let activation =
-            scales.map(|scales| ActivationScheme { dtype: ActivationType::Int8, scales });
-        let check = activation.map_or(Ok(()), ActivationScheme::check);
-        check.map_err(|cause| layer.error(weight.file, cause))?;
-        Ok(linear.with_activation(activation))
+        let linear = layer.permuted(layer.finish(matrix, weight.file)?, order, weight.file)?;
+        let per_token = self.dynamic.then_some(ActivationScheme::INT8_PER_TOKEN);
+        Ok(linear.with_activation(static_inputs(layer)?.or(per_token)))
     }
 
     fn write(&self, layer: &QLinear, name: &str) -> Result<Vec<Tensor>> {
@@ -286,10 +231,7 @@ impl Convention for CompressedInt {
         let shape = match weight.scheme().granularity {
             Granularity::PerTensor => [1, 1],
             _ => {
-                let size = writer.group_size()?;
-                if !k.is_multiple_of(size) && size < k {
-                    return Err(writer.unsupported(format!("rows of {k} in groups of {size}")));
-                }
+                writer.full_groups()?;
                 [n, weight.grid().1]
             }
         };
@@ -304,18 +246,16 @@ impl Convention for CompressedInt {
             tensors.push(writer.tensor("weight_zero_point", Dtype::I8, &shape, zeros));
         }
         match layer.activation() {
-            None if !self.dynamic => {}
+            None => {
+                // Its readers look for `weight_packed` then (0.20.1).
+                return Err(writer.unsupported("inputs in f32, which are for pack-quantized"));
+            }
             Some(ActivationScheme::INT8_PER_TOKEN) if self.dynamic => {}
             Some(ActivationScheme {
                 dtype: ActivationType::Int8,
                 scales: ActivationScales::Static { scale, .. },
             }) => tensors.push(Tensor::f32(format!("{name}.input_scale"), vec![1], &[scale])),
-            other => {
-                let dynamic = self.dynamic;
-                return Err(
-                    writer.unsupported(format!("activations {other:?} where dynamic is {dynamic}"))
-                );
-            }
+            Some(other) => return Err(writer.unsupported(format!("inputs of {other}"))),
         }
         tensors.extend(writer.bias());
         Ok(tensors)
@@ -332,34 +272,92 @@ impl Convention for CompressedInt {
             (false, true) => json!({
                 "num_bits": 8, "type": "int", "symmetric": true, "strategy": "tensor", "dynamic": false
             }),
-            (false, false) => Value::Null,
+            (false, false) => Value::Null, // which is not written
         };
-        Some(config("int-quantized", layer, input))
+        Some(integers("int-quantized", layer, input))
     }
 }
 
-fn config(format: &str, layer: &QLinear, input: Value) -> Value {
+/// The group size, and the features in the order of their groups unless they are already.
+fn groups_of(
+    layer: Layer<'_>,
+    scales: &TensorView<'_>,
+    (k, groups): (usize, usize),
+    asked: Option<usize>,
+) -> Result<(usize, Option<Vec<usize>>)> {
+    let g_idx = layer.find("weight_g_idx").map(|view| {
+        parts::expect_shape(&view, &[k])?;
+        parts::groups_of(&view)
+    });
+    match g_idx.transpose()?.flatten() {
+        Some(g_idx) => parts::order(&g_idx, groups).ok_or_else(|| {
+            scales.error(format!("weight_g_idx does not make {groups} groups of one size"))
+        }),
+        None => {
+            let size = parts::group_size(k, groups, asked);
+            let wrong = || scales.error(format!("{groups} groups of one size are not {k}"));
+            Ok((size.ok_or_else(wrong)?, None))
+        }
+    }
+}
+
+/// Inputs that are quantized to int8 by `input_scale` and `input_zero_point`, where they are there. With a
+/// zero, codes −128 … 127 become 0 … 255.
+pub(super) fn static_inputs(layer: Layer<'_>) -> Result<Option<ActivationScheme>> {
+    let Some(view) = layer.find("input_scale") else { return Ok(None) };
+    let [scale] = view.to_f32()?[..] else {
+        return Err(view.error(format!("its shape is {:?}, expected one number", view.shape)));
+    };
+    let zero = match layer.find("input_zero_point") {
+        None => 0,
+        Some(zero) => {
+            parts::expect_dtype(&zero, Dtype::I8)?;
+            match *zero.bytes {
+                [zero] => zero,
+                _ => {
+                    let shape = zero.shape;
+                    return Err(zero.error(format!("its shape is {shape:?}, expected one number")));
+                }
+            }
+        }
+    };
+    let (dtype, zero_point) = match zero {
+        0 => (ActivationType::Int8, 0),
+        zero => (ActivationType::UInt8, zero ^ 0x80),
+    };
+    let scales = ActivationScales::Static { scale, zero_point };
+    let scheme = ActivationScheme { dtype, scales };
+    scheme.check().map_err(|cause| layer.error(view.file, cause))?;
+    Ok(Some(scheme))
+}
+
+fn integers(format: &str, layer: &QLinear, input: Value) -> Value {
     let scheme = layer.weight().scheme();
     let (strategy, group_size) = match scheme.granularity {
         Granularity::PerTensor => ("tensor", Value::Null),
         Granularity::PerGroup(size) => ("group", size.into()),
         _ => ("channel", Value::Null),
     };
+    let weights = json!({
+        "num_bits": scheme.dtype.bits(),
+        "type": "int",
+        "symmetric": scheme.zero == ZeroFormat::Midpoint,
+        "strategy": strategy,
+        "group_size": group_size,
+        "dynamic": false,
+    });
+    config(format, weights, input)
+}
+
+/// The configuration of all linear layers, whose weights and inputs are described.
+pub(super) fn config(format: &str, weights: Value, input: Value) -> Value {
     json!({
         "quant_method": "compressed-tensors",
         "format": format,
         "quantization_status": "compressed",
         "config_groups": {"group_0": {
             "targets": ["Linear"],
-            "weights": {
-                "num_bits": scheme.dtype.bits(),
-                "type": "int",
-                "symmetric": scheme.zero == ZeroFormat::Midpoint,
-                "strategy": strategy,
-                "group_size": group_size,
-                "dynamic": false,
-                "actorder": if layer.transforms().is_empty() { Value::Null } else { "group".into() },
-            },
+            "weights": weights,
             "input_activations": input,
         }},
         "ignore": ["lm_head"],

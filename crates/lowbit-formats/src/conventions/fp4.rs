@@ -5,6 +5,7 @@
 //! | NVFP4 of compressed-tensors | `weight_packed` | `weight_scale` F8_E4M3 (n, k/16) | divided by `weight_global_scale` F32 (1) |
 //! | NVFP4 of ModelOpt | `weight` | `weight_scale` F8_E4M3 (n, k/16) | times `weight_scale_2` F32 () |
 //! | MXFP4 of compressed-tensors | `weight_packed` | `weight_scale` U8 (n, k/32), `2^(byte − 127)` | |
+//! | MXFP4 of Quark (read only) | `weight` | `weight_scale` U8 (n, k/32), `2^(byte − 127)` | |
 //! | MXFP4 of gpt-oss | `…_blocks` (experts, n, k/32, 16) | `…_scales` U8 (experts, n, k/32) | |
 //!
 //! Inputs stay f32.
@@ -14,10 +15,10 @@ use lowbit_dtypes::Format;
 use serde_json::{Value, json};
 
 use super::{
-    Convention,
+    Convention, compressed_tensors,
     parts::{self, Layer, Writer},
 };
-use crate::{Dtype, Result, Tensor, TensorSource};
+use crate::{Dtype, Result, Tensor, TensorSource, TensorView};
 
 const E2M1: QuantType = QuantType::Float(Format::F4E2M1);
 
@@ -76,7 +77,12 @@ impl Convention for Nvfp4 {
     fn holds(&self, source: &dyn TensorSource, layer: &str) -> bool {
         let layer = Layer { source, name: layer };
         let (codes, step) = self.parts();
-        layer.has(codes) && layer.has("weight_scale") && layer.has(step)
+        let bytes = layer.find(codes).is_some_and(|codes| codes.dtype == Dtype::U8);
+        bytes && layer.has("weight_scale") && layer.has(step)
+    }
+
+    fn rounds_inputs_to_floats(&self) -> bool {
+        true
     }
 
     fn read(&self, source: &dyn TensorSource, name: &str) -> Result<QLinear> {
@@ -117,7 +123,7 @@ impl Convention for Nvfp4 {
 
     fn config(&self, _: &QLinear) -> Option<Value> {
         Some(match self.reciprocal {
-            true => compressed("nvfp4-pack-quantized", "tensor_group", 16),
+            true => compressed("nvfp4-pack-quantized", "tensor_group", 16, "torch.float8_e4m3fn"),
             false => json!({"quant_method": "modelopt", "quant_algo": "NVFP4", "group_size": 16}),
         })
     }
@@ -156,12 +162,20 @@ impl Convention for Mxfp4 {
 
     fn holds(&self, source: &dyn TensorSource, layer: &str) -> bool {
         let layer = Layer { source, name: layer };
-        layer.has("weight_packed") && layer.has("weight_scale") && !layer.has("weight_global_scale")
+        match layer.find("weight_packed") {
+            Some(_) => layer.has("weight_scale") && !layer.has("weight_global_scale"),
+            None => of_quark(layer),
+        }
+    }
+
+    fn rounds_inputs_to_floats(&self) -> bool {
+        true
     }
 
     fn read(&self, source: &dyn TensorSource, name: &str) -> Result<QLinear> {
         let layer = Layer { source, name };
-        let (codes, [n, half]) = layer.matrix("weight_packed", Dtype::U8)?;
+        let part = if layer.has("weight_packed") { "weight_packed" } else { "weight" };
+        let (codes, [n, half]) = layer.matrix(part, Dtype::U8)?;
         let scales = layer.get("weight_scale")?;
         if scales.dtype != Dtype::F8E8M0 {
             parts::expect_dtype(&scales, Dtype::U8)?;
@@ -186,8 +200,18 @@ impl Convention for Mxfp4 {
     }
 
     fn config(&self, _: &QLinear) -> Option<Value> {
-        Some(compressed("mxfp4-pack-quantized", "group", 32))
+        Some(compressed("mxfp4-pack-quantized", "group", 32, "torch.uint8"))
     }
+}
+
+/// Are these bytes of two codes each, 16 for a scale?
+fn of_quark(layer: Layer<'_>) -> bool {
+    let (Some(codes), Some(scales)) = (layer.find("weight"), layer.find("weight_scale")) else {
+        return false;
+    };
+    let bytes = codes.dtype == Dtype::U8 && matches!(scales.dtype, Dtype::U8 | Dtype::F8E8M0);
+    let last = |view: &TensorView<'_>| view.shape.last().copied().unwrap_or(0);
+    bytes && last(&codes).div_ceil(16) == last(&scales)
 }
 
 /// MXFP4 of gpt-oss: the rows of all experts one below the other, `(experts·n, k)`.
@@ -209,6 +233,10 @@ impl Convention for GptOss {
 
     fn holds(&self, source: &dyn TensorSource, layer: &str) -> bool {
         ["blocks", "scales"].iter().all(|part| source.tensor(&format!("{layer}_{part}")).is_ok())
+    }
+
+    fn rounds_inputs_to_floats(&self) -> bool {
+        true
     }
 
     fn read(&self, source: &dyn TensorSource, name: &str) -> Result<QLinear> {
@@ -266,7 +294,7 @@ fn scheme_of(writer: Writer<'_>, scheme: QuantScheme, group: usize) -> Result<(u
     writer.plain(false, false)?;
     let weight = writer.weight();
     if weight.scheme() != scheme {
-        return Err(writer.unsupported(format!("the scheme {:?}", weight.scheme())));
+        return Err(writer.unsupported(format!("{}, only {scheme}", weight.scheme())));
     }
     if !weight.cols().is_multiple_of(group) {
         let what = format!("rows of {}, only multiples of {group}", weight.cols());
@@ -282,23 +310,15 @@ fn reciprocal(x: f32) -> f32 {
     exact.unwrap_or(near)
 }
 
-fn compressed(format: &str, strategy: &str, group_size: usize) -> Value {
-    json!({
-        "quant_method": "compressed-tensors",
-        "format": format,
-        "quantization_status": "compressed",
-        "config_groups": {"group_0": {
-            "targets": ["Linear"],
-            "weights": {
-                "num_bits": 4,
-                "type": "float",
-                "symmetric": true,
-                "strategy": strategy,
-                "group_size": group_size,
-                "dynamic": false,
-            },
-            "input_activations": null,
-        }},
-        "ignore": ["lm_head"],
-    })
+fn compressed(format: &str, strategy: &str, group_size: usize, scale_dtype: &str) -> Value {
+    let weights = json!({
+        "num_bits": 4,
+        "type": "float",
+        "symmetric": true,
+        "strategy": strategy,
+        "group_size": group_size,
+        "dynamic": false,
+        "scale_dtype": scale_dtype,
+    });
+    compressed_tensors::config(format, weights, Value::Null)
 }

@@ -3,19 +3,21 @@
 //! | tensor | shape | |
 //! |---|---|---|
 //! | `weight` | F8_E4M3 or F8_E5M2 (n, k) | |
-//! | `weight_scale` | (), (1), (n), (n, 1) or blocks | compressed-tensors, llm-compressor, ModelOpt: `w = code · scale` |
+//! | `weight_scale` | (), (1), (n), (n, 1), (n, groups) or blocks | compressed-tensors, llm-compressor, ModelOpt: `w = code · scale` |
 //! | `weight_scale_inv` | (⌈n/128⌉, ⌈k/128⌉) | DeepSeek: also `code · scale`, whatever its name says |
 //! | `weight_scale_inv` | as above | GPTQModel with `weight_scale_semantics: inverse`: `code / scale` |
+//! | `scale` | as `weight_scale` | other programs: `w = code · scale` |
 //! | `weight_scale` | U8 (n, k/32) | MXFP8: powers of two, `2^(byte − 127)` |
 //!
-//! Inputs stay f32: that some of these systems round them to FP8 too is not imitated.
+//! Inputs stay f32: that some of these systems round them to FP8 too is not imitated. What is written is E4M3, which
+//! is all that these systems compute with.
 
 use lowbit_core::{Granularity, QLinear, QMatrix, QuantScheme, QuantType, ScaleFormat};
 use lowbit_dtypes::Format;
 use serde_json::{Value, json};
 
 use super::{
-    Convention,
+    Convention, compressed_tensors,
     parts::{self, Layer, Writer},
 };
 use crate::{Dtype, Result, Tensor, TensorSource};
@@ -55,19 +57,8 @@ impl Default for Fp8 {
     }
 }
 
-impl Fp8 {
-    pub(super) fn from_config(config: &Value) -> Self {
-        let size = |i| {
-            let size = config.get("weight_block_size")?.get(i)?.as_u64()?;
-            usize::try_from(size).ok().filter(|&size| size > 0)
-        };
-        let semantics = config.get("weight_scale_semantics").and_then(Value::as_str);
-        Self {
-            block: (size(0).unwrap_or(128), size(1).unwrap_or(128)),
-            divides: semantics == Some("inverse"),
-        }
-    }
-}
+/// What scales are called, of which a layer has one.
+const SCALES: [&str; 3] = ["weight_scale_inv", "weight_scale", "scale"];
 
 /// The types of weights.
 const TYPES: [(Dtype, Format); 2] =
@@ -82,7 +73,11 @@ impl Convention for Fp8 {
         let layer = Layer { source, name: layer };
         let weight = layer.find("weight");
         weight.is_some_and(|weight| TYPES.iter().any(|(dtype, _)| *dtype == weight.dtype))
-            && (layer.has("weight_scale") || layer.has("weight_scale_inv"))
+            && SCALES.iter().any(|part| layer.has(part))
+    }
+
+    fn rounds_inputs_to_floats(&self) -> bool {
+        true
     }
 
     fn read(&self, source: &dyn TensorSource, name: &str) -> Result<QLinear> {
@@ -94,8 +89,16 @@ impl Convention for Fp8 {
             let got = weight.dtype;
             return Err(weight.error(format!("it is {got}, expected F8_E4M3 or F8_E5M2")));
         };
-        let inverse = layer.has("weight_scale_inv");
-        let part = if inverse { "weight_scale_inv" } else { "weight_scale" };
+        let finite: Vec<_> = (0..=u8::MAX).map(|code| format.decode(code).is_finite()).collect();
+        if let Some(at) = weight.bytes.iter().position(|&code| !finite[usize::from(code)]) {
+            return Err(weight.error(format!(
+                "it is not finite at row {}, column {}",
+                at / k,
+                at % k
+            )));
+        }
+        let part = SCALES.into_iter().find(|part| layer.has(part)).unwrap_or(SCALES[0]);
+        let inverse = part == SCALES[0];
         let dtype = QuantType::Float(*format);
         if let Some(scales) = layer.find(part)
             && matches!(scales.dtype, Dtype::U8 | Dtype::F8E8M0)
@@ -121,9 +124,12 @@ impl Convention for Fp8 {
             [1, 1] => Granularity::PerTensor,
             [rows, 1] if rows == n => Granularity::PerChannel,
             _ if blocks => Granularity::PerBlock(block_rows, block_cols),
+            [rows, groups] if rows == n && k.is_multiple_of(groups) => {
+                Granularity::PerGroup(k / groups)
+            }
             shape => {
                 return Err(scales.error(format!(
-                    "its shape {shape:?} is no tensor, channels or blocks of {block_rows} x \
+                    "its shape {shape:?} is no tensor, channels, groups or blocks of {block_rows} x \
                      {block_cols} of {n} x {k} weights"
                 )));
             }
@@ -141,52 +147,162 @@ impl Convention for Fp8 {
 
     fn write(&self, layer: &QLinear, name: &str) -> Result<Vec<Tensor>> {
         let writer = Writer { convention: NAME, layer, name };
-        writer.plain(false, false)?;
-        let weight = writer.weight();
-        let (n, k) = (weight.rows(), weight.cols());
-        let scheme = weight.scheme();
-        let dtype = TYPES.iter().find(|(_, format)| scheme.dtype == QuantType::Float(*format));
-        let Some((dtype, _)) = dtype else {
-            return Err(writer.unsupported(format!("{:?} codes", scheme.dtype)));
-        };
-        let (rows, cols) = weight.grid();
-        let (part, shape) = match scheme.granularity {
-            Granularity::PerTensor => ("weight_scale", vec![1]),
-            Granularity::PerChannel => ("weight_scale", vec![n, 1]),
+        let scheme = layer.weight().scheme();
+        // Scales of other shapes are called `weight_scale`, which transformers passes over (5.24).
+        match scheme.granularity {
             Granularity::PerBlock(rows, cols) if (rows, cols) == self.block && !self.divides => {
-                ("weight_scale_inv", vec![weight.grid().0, weight.grid().1])
+                let (rows, cols) = layer.weight().grid();
+                write(writer, "weight_scale_inv", &[rows, cols])
             }
-            Granularity::PerGroup(32) if scheme.scale_format == ScaleFormat::E8m0 => {
-                ("weight_scale", vec![rows, cols])
+            other => {
+                let (rows, cols) = self.block;
+                let what = format!("scales ({other}), only blocks of {rows} x {cols}");
+                Err(writer.unsupported(what))
             }
-            other => return Err(writer.unsupported(format!("scales {other:?}"))),
-        };
-        let scale_dtype = match scheme.scale_format {
-            ScaleFormat::E8m0 if matches!(scheme.granularity, Granularity::PerGroup(_)) => {
-                Dtype::U8
-            }
-            _ => writer.scale_dtype()?,
-        };
-        let mut tensors = vec![
-            writer.tensor("weight", *dtype, &[n, k], weight.codes().to_vec()),
-            writer.tensor(part, scale_dtype, &shape, weight.scales().to_vec()),
-        ];
-        tensors.extend(writer.bias());
-        Ok(tensors)
+        }
     }
 
     fn config(&self, layer: &QLinear) -> Option<Value> {
-        let mut config = json!({
+        let (rows, cols) = match layer.weight().scheme().granularity {
+            Granularity::PerBlock(rows, cols) => (rows, cols),
+            _ => self.block,
+        };
+        Some(json!({
             "quant_method": NAME,
-            "fmt": match layer.weight().scheme().dtype {
-                QuantType::Float(Format::F8E5M2) => "e5m2",
-                _ => "e4m3",
-            },
+            "fmt": "e4m3",
             "activation_scheme": "dynamic",
+            "weight_block_size": [rows, cols],
+        }))
+    }
+}
+
+/// The tensors of an FP8 layer whose scales are called `part`.
+fn write(writer: Writer<'_>, part: &str, shape: &[usize]) -> Result<Vec<Tensor>> {
+    writer.plain(false, false)?;
+    let weight = writer.weight();
+    let scheme = weight.scheme();
+    if scheme.dtype != QuantType::Float(Format::F8E4M3) {
+        return Err(writer.unsupported(format!("{} codes, only fp8 E4M3", scheme.dtype)));
+    }
+    let scale_dtype = match scheme.scale_format {
+        ScaleFormat::E8m0 => Dtype::U8,
+        _ => writer.scale_dtype()?,
+    };
+    let codes = weight.codes().to_vec();
+    let mut tensors = vec![
+        writer.tensor("weight", Dtype::F8E4M3, &[weight.rows(), weight.cols()], codes),
+        writer.tensor(part, scale_dtype, shape, weight.scales().to_vec()),
+    ];
+    tensors.extend(writer.bias());
+    Ok(tensors)
+}
+
+/// FP8 of compressed-tensors: `float-quantized` with a scale per tensor, channel or block, and
+/// `mxfp8-quantized` with powers of two for groups of 32.
+///
+/// # Example
+/// ```
+/// use lowbit_core::{Granularity, Mat, QLinear, QMatrix, QuantScheme, QuantType, ScaleFormat};
+/// use lowbit_dtypes::Format;
+/// use lowbit_formats::conventions::{CompressedFloat, Convention};
+///
+/// let w = Mat::from_fn(4, 64, |r, c| ((r * 64 + c) as f32).sin());
+/// let scheme = QuantScheme {
+///     scale_format: ScaleFormat::F32,
+///     ..QuantScheme::levels(QuantType::Float(Format::F8E4M3), Granularity::PerChannel)
+/// };
+/// let layer = QLinear::new(QMatrix::quantize(w.as_ref(), scheme)?);
+/// let float = CompressedFloat::default();
+/// let tensors = float.write(&layer, "q_proj")?;
+/// assert_eq!((tensors[1].name.as_str(), &tensors[1].shape[..]), ("q_proj.weight_scale", &[4, 1][..]));
+/// assert_eq!(float.read(&tensors, "q_proj")?, layer);
+/// let config = float.config(&layer).expect("it has one");
+/// assert_eq!(config["format"], "float-quantized");
+/// assert_eq!(config["config_groups"]["group_0"]["weights"]["strategy"], "channel");
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct CompressedFloat {
+    /// Rows and columns of a block, for scales in two dimensions.
+    pub block: (usize, usize),
+}
+
+impl Default for CompressedFloat {
+    fn default() -> Self {
+        Self { block: (128, 128) }
+    }
+}
+
+impl CompressedFloat {
+    fn tensors(self) -> Fp8 {
+        Fp8 { block: self.block, divides: false }
+    }
+}
+
+impl Convention for CompressedFloat {
+    fn name(&self) -> &'static str {
+        "compressed-tensors fp8"
+    }
+
+    fn holds(&self, source: &dyn TensorSource, layer: &str) -> bool {
+        self.tensors().holds(source, layer)
+    }
+
+    fn rounds_inputs_to_floats(&self) -> bool {
+        true
+    }
+
+    fn read(&self, source: &dyn TensorSource, layer: &str) -> Result<QLinear> {
+        self.tensors().read(source, layer)
+    }
+
+    fn write(&self, layer: &QLinear, name: &str) -> Result<Vec<Tensor>> {
+        let writer = Writer { convention: self.name(), layer, name };
+        let weight = layer.weight();
+        let scheme = weight.scheme();
+        let (rows, cols) = weight.grid();
+        let powers = scheme.scale_format == ScaleFormat::E8m0;
+        let shape = match scheme.granularity {
+            Granularity::PerGroup(32) if powers => {
+                writer.full_groups()?;
+                vec![rows, cols]
+            }
+            Granularity::PerTensor if !powers => vec![1],
+            Granularity::PerChannel if !powers => vec![rows, 1],
+            Granularity::PerBlock(block_rows, block_cols)
+                if (block_rows, block_cols) == self.block && !powers =>
+            {
+                vec![rows, cols]
+            }
+            other => {
+                let format = scheme.scale_format;
+                return Err(writer.unsupported(format!("{format} scales ({other})")));
+            }
+        };
+        write(writer, "weight_scale", &shape)
+    }
+
+    fn config(&self, layer: &QLinear) -> Option<Value> {
+        let mut weights = json!({
+            "num_bits": 8,
+            "type": "float",
+            "symmetric": true,
+            "dynamic": false,
         });
-        if let Granularity::PerBlock(rows, cols) = layer.weight().scheme().granularity {
-            config["weight_block_size"] = json!([rows, cols]);
-        }
-        Some(config)
+        let (format, strategy) = match layer.weight().scheme().granularity {
+            Granularity::PerGroup(size) => {
+                weights["group_size"] = size.into();
+                weights["scale_dtype"] = "torch.uint8".into();
+                ("mxfp8-quantized", "group")
+            }
+            Granularity::PerBlock(rows, cols) => {
+                weights["block_structure"] = json!([rows, cols]);
+                ("float-quantized", "block")
+            }
+            Granularity::PerTensor => ("float-quantized", "tensor"),
+            _ => ("float-quantized", "channel"),
+        };
+        weights["strategy"] = strategy.into();
+        Some(compressed_tensors::config(format, weights, Value::Null))
     }
 }

@@ -256,7 +256,7 @@ impl Convention for Ggml {
         let Some((format, join)) =
             found.map(|f| (f, f.join)).find_map(|(f, join)| Some((f, join?)))
         else {
-            return Err(writer.unsupported(format!("the scheme {:?}", weight.scheme())));
+            return Err(writer.unsupported(weight.scheme().to_string()));
         };
         let (weights, groups) = (format.weights(), format.groups());
         if !k.is_multiple_of(weights) {

@@ -22,10 +22,10 @@ use lowbit_dtypes::packed_len;
 use serde_json::{Value, json};
 
 use super::{
-    Convention, number,
+    Convention,
     parts::{self, Layer, Writer},
 };
-use crate::{Dtype, Error, Result, Tensor, TensorSource, TensorView};
+use crate::{Dtype, Result, Tensor, TensorSource, TensorView};
 
 const NAME: &str = "gptq";
 
@@ -44,24 +44,12 @@ pub struct Gptq {
     /// Are layers symmetric? Then the version that a layer is read by is seen from its zeros, all
     /// 2^(bits−1) or all one less: there are files with the wrong label.
     pub symmetric: bool,
+    /// Does nothing say the version? Then layers whose zeros do not show it, as those of symmetric layers
+    /// do, are refused.
+    pub unlabelled: bool,
 }
 
 impl Gptq {
-    pub(super) fn from_config(config: &Value) -> Result<Self> {
-        let format = config.get("checkpoint_format").and_then(Value::as_str).unwrap_or("gptq");
-        let v2 = match format {
-            "gptq" => false,
-            "gptq_v2" => true,
-            other => {
-                let reason = format!("the checkpoint_format {other:?} is not supported");
-                return Err(Error::Config { reason });
-            }
-        };
-        let bits = number(config, &["bits"]).and_then(|bits| u8::try_from(bits).ok());
-        let symmetric = config.get("sym").and_then(Value::as_bool).unwrap_or(false);
-        Ok(Self { bits, group_size: number(config, &["group_size"]), v2, symmetric })
-    }
-
     /// Bits of a code and in_features, from the shapes.
     fn shape(
         self,
@@ -139,7 +127,7 @@ impl Convention for Gptq {
         let zeros = match &qzeros {
             Some((view, shape)) => {
                 parts::expect_shape(view, &[groups, shape[1]])?;
-                self.zeros(bits, view.bytes, groups, n)
+                self.zeros(bits, view, groups, n)?
             }
             None => None,
         };
@@ -224,23 +212,37 @@ impl Convention for Gptq {
 
 impl Gptq {
     /// The zeros, one a byte, `(groups, n)`; `None` if they are all midpoints.
-    fn zeros(self, bits: u8, packed: &[u8], groups: usize, n: usize) -> Option<Vec<u8>> {
+    fn zeros(
+        self,
+        bits: u8,
+        packed: &TensorView<'_>,
+        groups: usize,
+        n: usize,
+    ) -> Result<Option<Vec<u8>>> {
         let width = u32::from(bits);
         let stride = packed_len(n, width);
-        let rows = parts::restride(packed.to_vec(), groups, stride.next_multiple_of(4), stride);
+        let rows =
+            parts::restride(packed.bytes.to_vec(), groups, stride.next_multiple_of(4), stride);
         let mut zeros = vec![0; groups * n];
         parts::unpack_rows(width, &rows, n, &mut zeros);
         let max = (u16::MAX >> (16 - bits)) as u8;
         let midpoint = max / 2 + 1;
         let all = |value| zeros.iter().all(|&zero| zero == value);
         let v2 = match self.v2 {
-            false if self.symmetric && all(midpoint) => true,
-            true if self.symmetric && all(midpoint - 1) => false,
+            _ if self.symmetric && all(midpoint) => true,
+            _ if self.symmetric && all(midpoint - 1) => false,
+            _ if self.unlabelled => {
+                return Err(packed.error(
+                    "its zeros do not show whether they are stored less 1 (version 1 of GPTQ): expected \
+                     checkpoint_format \"gptq\" or \"gptq_v2\" in the quantization_config"
+                        .into(),
+                ));
+            }
             label => label,
         };
         if !v2 {
             zeros.iter_mut().for_each(|zero| *zero = zero.wrapping_add(1) & max);
         }
-        zeros.iter().any(|&zero| zero != midpoint).then_some(zeros)
+        Ok(zeros.iter().any(|&zero| zero != midpoint).then_some(zeros))
     }
 }

@@ -61,8 +61,9 @@ impl Convention for Lowbit {
         }
         let core = |cause| layer.error(header.file, cause);
         let shape = json.get("shape")?.list()?;
-        let [Ok(n), Ok(k)] = [0, 1].map(|i| shape.get(i).map_or(Ok(0), |size| size.size())) else {
-            return Err(header.error("expected a shape of two sizes".into()));
+        let size = |i: usize| shape.get(i).map_or(Ok(0), |size| size.size());
+        let [Ok(n @ 1..), Ok(k @ 1..)] = [0, 1].map(size) else {
+            return Err(header.error("expected a shape of two sizes of 1 or more".into()));
         };
         if n == 0 || k == 0 {
             return Err(header.error(format!("a weight of {n} x {k} has no elements")));
@@ -142,7 +143,7 @@ impl Convention for Lowbit {
                     });
                     bytes(&part, signs.collect())
                 }),
-                other => return Err(writer.unsupported(format!("the transform {other:?}"))),
+                other => return Err(writer.unsupported(other.to_string())),
             };
             kinds.push(kind);
             tensors.push(tensor);
@@ -185,7 +186,7 @@ impl Convention for Lowbit {
                     ),
                 ]);
             }
-            Some(other) => return Err(writer.unsupported(format!("the outliers {other:?}"))),
+            Some(other) => return Err(writer.unsupported(other.to_string())),
         }
         if let Some(adapter) = layer.adapter() {
             header["adapter"] = true.into();
@@ -409,7 +410,7 @@ fn write_dtype(writer: Writer<'_>, dtype: QuantType) -> Result<Value> {
         QuantType::Int { bits } => Ok(json!({"int": bits})),
         QuantType::Float(format) => Ok(json!({"float": write_float(format)})),
         QuantType::Table(levels) => Ok(json!({"table": levels.as_slice()})),
-        other => Err(writer.unsupported(format!("{other:?} codes"))),
+        other => Err(writer.unsupported(format!("{other} codes"))),
     }
 }
 
@@ -484,7 +485,7 @@ fn write_scale_format(writer: Writer<'_>, format: ScaleFormat) -> Result<Value> 
                 "step": step.map(|(name, _)| name),
             }})
         }
-        other => return Err(writer.unsupported(format!("scales in {}", other.name()))),
+        other => return Err(writer.unsupported(format!("{other} scales"))),
     })
 }
 
@@ -524,7 +525,7 @@ fn write_activation(writer: Writer<'_>, scheme: ActivationScheme) -> Result<Valu
         ActivationType::Int16 => "int16".into(),
         ActivationType::Bf16 => "bf16".into(),
         ActivationType::Float(format) => json!({"float": write_float(format)}),
-        other => return Err(writer.unsupported(format!("activations of {other:?}"))),
+        other => return Err(writer.unsupported(format!("{other} activations"))),
     };
     let scales = match scheme.scales {
         ActivationScales::PerToken => "token".into(),
@@ -533,7 +534,7 @@ fn write_activation(writer: Writer<'_>, scheme: ActivationScheme) -> Result<Valu
         ActivationScales::Static { scale, zero_point } => {
             json!({"static": {"scale": scale, "zero_point": zero_point}})
         }
-        other => return Err(writer.unsupported(format!("activation scales {other:?}"))),
+        other => return Err(writer.unsupported(format!("activations with {other}"))),
     };
     Ok(json!({"dtype": dtype, "scales": scales}))
 }

@@ -178,7 +178,7 @@ impl<'a> Writer<'a> {
     pub(super) fn bits(self) -> Result<u8> {
         match self.weight().scheme().dtype {
             QuantType::Int { bits } => Ok(bits),
-            other => Err(self.unsupported(format!("{other:?} codes"))),
+            other => Err(self.unsupported(format!("{other} codes"))),
         }
     }
 
@@ -187,8 +187,18 @@ impl<'a> Writer<'a> {
         match self.weight().scheme().granularity {
             Granularity::PerChannel => Ok(self.weight().cols().max(1)),
             Granularity::PerGroup(group_size) => Ok(group_size),
-            other => Err(self.unsupported(format!("scales {other:?}"))),
+            other => Err(self.unsupported(format!("scales ({other})"))),
         }
+    }
+
+    /// The [`group_size`](Self::group_size), where all groups must be full.
+    pub(super) fn full_groups(self) -> Result<usize> {
+        let (size, k) = (self.group_size()?, self.weight().cols());
+        if k.is_multiple_of(size) {
+            return Ok(size);
+        }
+        Err(self
+            .unsupported(format!("rows of {k} in groups of {size}, only groups that divide rows")))
     }
 
     /// The scales in their own format.
@@ -200,7 +210,7 @@ impl<'a> Writer<'a> {
             ScaleFormat::TwoLevel(_) => {
                 Err(self.unsupported("scales that are quantized themselves (two-level)"))
             }
-            other => Err(self.unsupported(format!("scales in {}", other.name()))),
+            other => Err(self.unsupported(format!("{other} scales"))),
         }
     }
 
@@ -216,7 +226,7 @@ impl<'a> Writer<'a> {
                 unpack_rows(bits, zeros, cols, &mut codes);
                 Ok(Some(codes))
             }
-            (other, _) => Err(self.unsupported(format!("zeros as {other:?}"))),
+            (other, _) => Err(self.unsupported(other.to_string())),
         }
     }
 

@@ -21,7 +21,10 @@ pub use ggml_type::GgmlType;
 pub use value::{Array, Value};
 pub use write::{DEFAULT_ALIGNMENT, write};
 
-use crate::{Dtype, Error, Result, TensorSource, TensorView};
+use crate::{
+    Dtype, Error, Result, TensorSource, TensorView,
+    recognize::{is_safetensors, not_tensors},
+};
 
 const FORMAT: &str = "GGUF";
 const MAX_DIMS: usize = 4;
@@ -189,7 +192,11 @@ impl<'a> Cursor<'a> {
 fn version(header: &mut Cursor<'_>) -> Result<u32> {
     let magic = header.take(4)?;
     if magic != b"GGUF" {
-        return Err(header.malformed(format!("it starts with {magic:02x?}, not with \"GGUF\"")));
+        return Err(header.malformed(match not_tensors(header.bytes) {
+            Some(kind) => format!("it is {kind}"),
+            None if is_safetensors(header.bytes) => "it is a safetensors file".into(),
+            None => format!("it starts with {magic:02x?}, not with \"GGUF\""),
+        }));
     }
     match header.u32()? {
         version @ 2..=3 => Ok(version),

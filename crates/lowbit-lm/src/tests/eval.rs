@@ -44,7 +44,8 @@ fn a_stream_is_cut_into_windows_that_bos_opens() {
     let w = windows(&checkpoint, &"c".repeat(100), &Protocol::default()).unwrap();
     assert_eq!(w.iter().map(<[u32]>::len).collect::<Vec<_>>(), [48, 48, 8]);
     assert_eq!(w.first(60).predicted(), 47);
-    assert_eq!(w.first(1).predicted(), 47);
+    assert_eq!((w.first(5).predicted(), w.first(1).predicted(), w.first(0).predicted()), (5, 1, 1));
+    assert_eq!(w.first(5).iter().next().unwrap(), &w.iter().next().unwrap()[..6]);
 }
 
 #[test]
@@ -130,6 +131,100 @@ fn a_token_file_is_checked_line_by_line() {
     ] {
         assert_eq!(read(text).unwrap_err().to_string(), expected);
     }
+}
+
+#[test]
+fn a_file_of_tokens_is_known_by_what_is_in_it() {
+    let (checkpoint, _) = tiny();
+    for (text, tokens) in [
+        ("1 260 261\n1 262\n", true),
+        ("1 260 261\r\n\r\n\t1 262", true),
+        ("[1, 260, 261],\n[1, 262]", true),
+        ("1 2 3 4 5 6 7 8 9 # ten", false),
+        ("1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17 18 19 x", true),
+        ("1999", false),
+        ("3.5 4.25 1e9", false),
+        ("a 1 b 2", false),
+        ("12345678901 12345678901", false),
+        ("", false),
+    ] {
+        assert_eq!(Windows::is_token_file("text", text.as_bytes()), tokens, "{text}");
+        assert!(Windows::is_token_file("a.tokens", text.as_bytes()));
+    }
+    let read = |text: &str, protocol: &Protocol| {
+        Windows::from_bytes(&checkpoint, "t", text.as_bytes(), protocol)
+    };
+    let protocol = Protocol { max_tokens: 3, ..Protocol::default() };
+    let w = read("1 260 261\n1 262\n1 262 262", &protocol).unwrap();
+    assert_eq!(w.iter().collect::<Vec<_>>(), [&[1, A, B][..], &[1, C]]);
+    assert_eq!(read("ab", &protocol).unwrap(), windows(&checkpoint, "ab", &protocol).unwrap());
+    for (text, protocol, expected) in [
+        ("1 260\n7 261", protocol.clone(), "t: line 2: expected 1, BOS, as the first token, got 7"),
+        ("[1, 260]", protocol.clone(), "t: line 1: expected tokens, got \"[1,\""),
+        (
+            "1 260",
+            Protocol { window: Some(3), ..protocol.clone() },
+            "t is a file of tokens, and its lines are its windows: leave window and skipped bytes out",
+        ),
+        (
+            "1 260",
+            Protocol { skip_bytes: 1, ..protocol },
+            "t is a file of tokens, and its lines are its windows: leave window and skipped bytes out",
+        ),
+    ] {
+        assert_eq!(read(text, &protocol).unwrap_err().to_string(), expected);
+    }
+}
+
+#[test]
+fn a_text_is_utf_8_or_refused() {
+    let (checkpoint, _) = tiny();
+    let read = |text: &[u8], skip_bytes: usize| {
+        let protocol = Protocol { skip_bytes, ..Protocol::default() };
+        Windows::from_bytes(&checkpoint, "t", text, &protocol)
+    };
+    let ab: &[u32] = &[1, SPACE, AB];
+    for (text, skip) in [
+        (&b"ab"[..], 0),
+        (b"\xef\xbb\xbfab", 0), // a byte order mark
+        (b"\xe6\xbc\xa2ab", 1), // the first byte of a character passed over
+        (b"ab\xe6\xbc", 0),     // the last byte of a character cut off
+    ] {
+        assert_eq!(read(text, skip).unwrap().iter().collect::<Vec<_>>(), [ab], "{text:x?}");
+    }
+    for (text, expected) in [
+        (
+            &b"ab\xffab"[..],
+            "t: expected a text in UTF-8, but byte 2 is 0xff: is this another file?",
+        ),
+        (b"\xa2ab", "t: expected a text in UTF-8, but byte 0 is 0xa2: is this another file?"),
+        (b"ab\0ab", "t: expected a text in UTF-8, but byte 2 is 0: is this another file?"),
+        (b"GGUF\x03\0\0\0", "t: expected a text, but it is a GGUF file of llama.cpp"),
+        (b"\xff\xfea\0", "t: expected a text, but it is a text in UTF-16: save it as UTF-8"),
+    ] {
+        assert_eq!(read(text, 0).unwrap_err().to_string(), expected);
+    }
+}
+
+#[test]
+fn too_few_tokens_to_calibrate_on_are_an_error_and_few_are_said() {
+    let (checkpoint, _) = tiny(); // of 40 inputs at most
+    let check = |tokens: usize| {
+        let protocol = Protocol { max_tokens: tokens, ..Protocol::default() };
+        windows(&checkpoint, &"c".repeat(100), &protocol)
+            .unwrap()
+            .check_calibration(checkpoint.config())
+    };
+    assert_eq!(
+        check(15).unwrap_err().to_string(),
+        "15 tokens to calibrate on, for layers of up to 40 inputs: give a text of at least 16 tokens, better 40"
+    );
+    assert_eq!(
+        check(16).unwrap().unwrap(),
+        "16 tokens to calibrate on, for layers of up to 40 inputs: give a text of at least 40 tokens"
+    );
+    assert!(check(39).unwrap().is_some());
+    assert_eq!(check(40).unwrap(), None);
 }
 
 #[test]

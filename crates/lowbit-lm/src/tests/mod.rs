@@ -4,4 +4,5 @@ mod checkpoint;
 mod eval;
 mod model;
 mod oracle;
+mod quantized;
 pub(crate) mod tiny;

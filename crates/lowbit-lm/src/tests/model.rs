@@ -1,13 +1,16 @@
 use std::sync::Arc;
 
-use lowbit::{Context, Linear, Mat};
+use lowbit::{
+    ActivationScheme, Context, Granularity, Linear, Mat, Outliers, QLinear, QMatrix, QuantScheme,
+    QuantType, dtypes::Format,
+};
 use serde_json::json;
 
 use super::{
     oracle,
     tiny::{Tiny, VOCAB},
 };
-use crate::{DenseLinear, KvCache, Model};
+use crate::{DenseLinear, KvCache, Model, Unpacked, pack};
 
 /// Longer than a block of query rows, and no multiple of it.
 fn tokens() -> Vec<u32> {
@@ -34,6 +37,7 @@ fn every_variant_computes_its_equations() {
         json!({"attention_bias": true, "mlp_bias": true}),
         json!({"architectures": ["Qwen2ForCausalLM"], "use_sliding_window": false}),
         json!({"rope_scaling": llama3, "head_dim": 16}),
+        json!({"rope_scaling": {"type": "linear", "factor": 4.0}}),
         json!({"num_attention_heads": 1, "num_key_value_heads": 1}),
     ] {
         let tiny = Tiny::new(changes.clone());
@@ -43,6 +47,31 @@ fn every_variant_computes_its_equations() {
         for (row, expected) in logits.as_ref().iter_rows().zip(&expected) {
             for (got, expected) in row.iter().zip(expected) {
                 assert!((f64::from(*got) - expected).abs() < 2e-4, "{got} {expected} {changes}");
+            }
+        }
+    }
+}
+
+/// Logits 0, 44, 88, … behind the last token, of LlamaForCausalLM in transformers 5.24 with the same weights
+/// in f64.
+#[test]
+fn stretched_positions_give_the_logits_of_transformers() {
+    let yarn = json!({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 12});
+    let (linear, dynamic) =
+        (json!({"type": "linear", "factor": 4.0}), json!({"type": "dynamic", "factor": 2.0}));
+    let plain = [-0.1128091, -0.2515203, 0.2950936, -0.0208321, -0.223577, -0.863445];
+    for (scaling, expected) in [
+        (json!(null), plain),
+        (linear, [-0.7278069, 1.0911846, 2.3826334, 0.9195686, 0.2962586, 1.1382776]),
+        (yarn, [0.2194752, 0.9866732, 2.7320602, 1.3000904, -0.2525676, 0.8920247]),
+        (dynamic, plain),
+    ] {
+        for field in ["rope_scaling", "rope_parameters"] {
+            let tiny = Tiny::new(json!({field: scaling, "head_dim": 16}));
+            let logits = forward(&Model::load(&tiny.open().unwrap()).unwrap(), &mut Context::new());
+            let last = logits.as_ref().row(44).unwrap();
+            for (got, expected) in last.iter().step_by(44).zip(expected) {
+                assert!((got - expected).abs() < 2e-4, "{scaling} {got} {expected}");
             }
         }
     }
@@ -149,6 +178,53 @@ fn linear_layers_can_be_swapped_and_the_rest_is_shared() {
         })
         .unwrap();
     assert_ne!(forward(&twice, ctx), forward(&model, ctx));
+}
+
+#[test]
+fn a_layer_that_no_kernel_takes_is_computed_by_the_reference_and_listed() {
+    let checkpoint = Tiny::new(json!({})).open().unwrap();
+    let model = Model::load(&checkpoint).unwrap();
+    assert_eq!(model.unpacked(), []);
+    let fp8 = QuantScheme::levels(QuantType::Float(Format::F8E4M3), Granularity::PerChannel);
+    let quantize = |w: &Mat<f32>, activation| {
+        QLinear::new(QMatrix::quantize(w.as_ref(), fp8).unwrap()).with_activation(activation)
+    };
+    for (activation, outliers) in [
+        (Some(ActivationScheme::INT8_PER_TOKEN), None),
+        (None, Some(Outliers::Threshold(2.0))), // by its weights in f32, in another order
+    ] {
+        let of = |w: &Mat<f32>| quantize(w, activation).with_outliers(outliers.clone()).unwrap();
+        let make = |reference: bool| {
+            model.with_linears(&checkpoint, |layer| {
+                let is_up = layer.name.ends_with(".mlp.up_proj");
+                let q = of(&layer.weight);
+                Ok(match (is_up, reference) {
+                    (true, true) => Arc::new(q),
+                    (true, false) => pack(&q)?,
+                    (false, _) => pack(&quantize(&layer.weight, None))?,
+                })
+            })
+        };
+        let (packed, reference) = (make(false).unwrap(), make(true).unwrap());
+        let unpacked = packed.unpacked();
+        let names: Vec<_> = unpacked.iter().map(|one| one.layer.as_str()).collect();
+        assert_eq!(names, ["model.layers.0.mlp.up_proj", "model.layers.1.mlp.up_proj"]);
+        let sentences = Unpacked::sentences(&unpacked);
+        assert_eq!(sentences.len(), 1);
+        let start =
+            "no kernel computes model.layers.0.mlp.up_proj and 1 other layer, the reference";
+        assert!(sentences[0].starts_with(start), "{}", sentences[0]);
+        assert_eq!(reference.unpacked(), []);
+        let ctx = &mut Context::new();
+        let (got, expected) = (forward(&packed, ctx), forward(&reference, ctx));
+        match activation {
+            Some(_) => assert_eq!(got, expected),
+            None => {
+                let pairs = got.data().iter().zip(expected.data());
+                assert!(pairs.into_iter().all(|(x, y)| (x - y).abs() < 1e-4));
+            }
+        }
+    }
 }
 
 #[test]

@@ -3,7 +3,7 @@
 use std::f64::consts::TAU;
 
 use super::tiny::Tiny;
-use crate::Config;
+use crate::{Config, RopeScaling};
 
 type Rows = Vec<Vec<f64>>;
 
@@ -99,7 +99,12 @@ pub(crate) fn logits(tiny: &Tiny, tokens: &[u32]) -> Rows {
 /// By wavelength, as the rule is usually written.
 fn frequency(c: &Config, i: usize) -> f64 {
     let f = f64::from(c.rope_theta).powf(-((2 * i) as f64) / c.head_dim as f64);
-    let Some(s) = c.rope_scaling else { return f };
+    let s = match c.rope_scaling {
+        None => return f,
+        Some(RopeScaling::Linear(factor)) => return f / f64::from(factor),
+        Some(RopeScaling::Llama3(s)) => s,
+        Some(other) => panic!("{other:?} is not in the oracle"),
+    };
     let [factor, low, high] = [s.factor, s.low_freq_factor, s.high_freq_factor].map(f64::from);
     let (wavelength, original) = (TAU / f, s.original_max_position_embeddings as f64);
     if wavelength < original / high {
