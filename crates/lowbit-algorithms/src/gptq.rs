@@ -164,14 +164,16 @@ impl Quantizer for Gptq {
         let rows = n.next_multiple_of(LANES);
         let of_bands = times(rows, k).saturating_mul(13).saturating_add(times(rows, k) / 8);
         let of_blocks = times(rows, grid.across).saturating_mul(24);
-        let always = of_bands.saturating_add(of_blocks).saturating_add(weights.saturating_mul(4));
-        // The factor in f64 beside its panels in f32; H in f32 for sweeps beside the parameters; codes and
-        // what is stored, or the parameters while they are rounded.
+        let target = weights.saturating_mul(4);
+        let always = of_bands.saturating_add(of_blocks).saturating_add(target);
+        // Before there are bands, the factor in f64 beside its panels in f32; these the set of inputs keeps, as
+        // it does H in f32 for sweeps; the parameters; codes and what is stored, or the parameters while they are rounded.
         let blocks = times(rows, grid.across) / grid.rows.max(1) as u64;
         let factoring = square.saturating_mul(10);
-        let sweeping = if self.sweeps > 0 { square.saturating_mul(4) } else { 0 };
-        let sweeping = sweeping.saturating_add(blocks.saturating_mul(16));
+        let kept = square.saturating_mul(if self.sweeps > 0 { 6 } else { 2 });
+        let sweeping = kept.saturating_add(blocks.saturating_mul(16));
         let storing = weights.saturating_add(plan.memory).max(blocks.saturating_mul(48));
+        let storing = storing.saturating_add(kept);
         // The normal equations of 32 rows, and those of one of them twice; four numbers of each weight.
         let refits = self.sweeps > 0 && self.refits > 0 && grid.can_refit;
         let each_thread = match refits {
@@ -180,7 +182,7 @@ impl Quantizer for Gptq {
                 .saturating_add(times(k, 2 * LANES * 4)),
             false => 0,
         };
-        let memory = always.saturating_add(factoring.max(storing));
+        let memory = always.saturating_add(storing).max(target.saturating_add(factoring));
         let shared = always.saturating_add(sweeping);
         let memory = memory.max(shared.saturating_add(each_thread));
         let mut bytes = plan.bytes;
