@@ -294,6 +294,7 @@ mod tests {
         for (name, scheme, activation) in [
             ("int4-g128", QuantScheme::symmetric(4, groups(128)), false),
             ("int4-g128-zp", QuantScheme::affine(4, groups(128)), false),
+            ("int4-g32-offset", presets::gguf_q4_1().0, false),
             ("int5-g16-a8", QuantScheme::symmetric(5, groups(16)), true),
             ("mxfp4-a8", presets::mx(Format::F4E2M1).0, true),
             ("mxfp4-a16", presets::mx(Format::F4E2M1).0, true),

@@ -112,7 +112,7 @@ fn the_layouts_of_autogptq_and_autoawq_hold_the_weights() {
 
 #[test]
 fn the_package_gguf_reads_blocks_of_ggml() {
-    let methods: [&[&str]; 2] =
-        [&["rtn", "--group-size", "32"], &["rtn", "--bits", "8", "--group-size", "32"]];
+    let methods: [&[&str]; 3] =
+        [&["rtn"], &["rtn", "--bits", "8", "--group-size", "32"], &["rtn", "--zero-points"]];
     read_by(&["gguf"], "gguf", &methods);
 }

@@ -270,13 +270,13 @@ impl Description {
                 "bos_token_id",
                 "tokenizer.ggml.bos_token_id",
                 token(m.bos_token_id),
-                token(c.bos_token_id.filter(|_| m.bos_token_id.is_some())),
+                token(c.bos_token_id.or(m.bos_token_id).filter(|_| m.bos_token_id.is_some())),
             ),
             fact(
                 "eos_token_id",
                 "tokenizer.ggml.eos_token_id",
                 token(eos),
-                token(c_eos.filter(|_| eos.is_some())),
+                token(c_eos.or(eos).filter(|_| eos.is_some())),
             ),
             fact(
                 "tie_word_embeddings",

@@ -320,9 +320,10 @@ impl Writer<'_> {
         }
         let unknown = id(&self.json["model"]["unk_token"]).or_else(|| id(&settings["unk_token"]));
         let mut ends = ends.into_iter();
+        let eos = ends.next();
         for (key, token) in [
             ("bos", bos),
-            ("eos", ends.next()),
+            ("eos", eos),
             ("eot", ends.next()),
             ("eom", ends.next()),
             ("unknown", unknown),
@@ -338,9 +339,8 @@ impl Writer<'_> {
         }
         let (before, after) = added(&self.json["post_processor"]);
         let as_id = |token: &str| tokens.ids.get(token).map(|id| *id as u64);
-        let first = self.config.eos_token_id.first().copied().or(own);
         for (key, tokens, special) in
-            [("add_bos_token", before, bos), ("add_eos_token", after, own.or(first))]
+            [("add_bos_token", before, bos), ("add_eos_token", after, eos)]
         {
             let adds = match tokens.as_slice() {
                 [] => false,
