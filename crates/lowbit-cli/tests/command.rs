@@ -252,7 +252,9 @@ fn what_never_ends_is_no_file_of_a_model() {
 fn files_of_another_kind_are_named() {
     let weights = "model.safetensors";
     let put = |bytes: &'static [u8]| move |to: &mut Vec<u8>| *to = bytes.to_vec();
-    Copy::new().edit(weights, put(b"GGUF\x03\0\0\0\0\0\0\0")).refused(&[weights, "GGUF file"]);
+    // Known by its first bytes under any name: one without tensors and metadata is no model.
+    let empty = put(b"GGUF\x03\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0");
+    Copy::new().edit(weights, empty).refused(&[weights, "general.architecture"]);
     Copy::new()
         .edit(weights, put(b"version https://git-lfs.github.com/spec/v1\noid sha256:00"))
         .refused(&[weights, "git lfs pull"]);
