@@ -126,8 +126,7 @@ impl Drift {
     ///
     /// # Errors
     /// [`Error::Shape`] if `w` is not of this layer, [`Error::Parameter`] for a share that is not a number
-    /// of 0 or more or where no damping makes the second moment positive, and those of a calibration without
-    /// a second moment or of another width.
+    /// of 0 or more or where no damping makes the second moment positive, and those of a calibration without a second moment or of another width.
     pub fn shift(
         &self,
         w: MatRef<'_, f32>,
@@ -177,9 +176,9 @@ pub(crate) fn factor(calibration: &Calibration, ctx: &mut Context) -> Result<Opt
         for (j, x) in diagonal.iter().enumerate() {
             h.data_mut()[j * k + j] = x + damping * mean;
         }
-        let found = on_pool(ctx, |_| view(&h).llt(faer::Side::Lower)).ok();
+        let factor = on_pool(ctx, |_| view(&h).llt(faer::Side::Lower));
         let exists = |l: FaerRef<'_, f64>| (0..k).all(|j| l[(j, j)] > 0.0 && l[(j, j)].is_finite());
-        if let Some(factor) = found.filter(|factor| exists(factor.L())) {
+        if let Some(factor) = factor.ok().filter(|factor| exists(factor.L())) {
             return Ok(Some(factor));
         }
         damping *= 10.0;

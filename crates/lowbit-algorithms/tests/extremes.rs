@@ -86,7 +86,7 @@ fn quantize(
     let outliers = OutlierRule::Share(0.05);
     let awq = Awq { scheme, fit: stored };
     let recipe = Recipe {
-        scale: (method % 2 == 0).then_some(ChannelScale::Awq(awq)),
+        scale: method.is_multiple_of(2).then_some(ChannelScale::Awq(awq)),
         clip: Some(awq),
         ..Recipe::rounding(&rtn)
     };

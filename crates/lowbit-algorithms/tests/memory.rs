@@ -59,7 +59,8 @@ fn a_plan_announces_the_memory_that_is_taken() {
     let improved = |scheme| Gptq { sweeps: 2, refits: 1, ..Gptq::improved(scheme) };
     let sorted = Gptq { order: Order::Sorted, ..Gptq::new(group(64)) };
     let spqr = Spqr { outliers: OutlierRule::Threshold(0.2), ..Spqr::new(4) };
-    let cases: [(&str, (usize, usize), Box<dyn Quantizer>); 9] = [
+    type Case = (&'static str, (usize, usize), Box<dyn Quantizer>);
+    let cases: [Case; 9] = [
         ("rtn", (512, 512), Box::new(Rtn::new(group(32)))),
         ("gptq", (128, 384), Box::new(Gptq::new(group(32)))),
         ("gptq of rows", (1024, 256), Box::new(Gptq::new(row))),

@@ -22,7 +22,7 @@ use crate::{
 /// Options of `lowbit compare`.
 #[derive(clap::Args)]
 pub(crate) struct Options {
-    /// Folder of a model: config.json, tokenizer.json, model.safetensors [default: the embedded one]
+    /// Folder of a model (config.json, tokenizer.json, model.safetensors), or its GGUF file [default: the embedded one]
     model: Option<PathBuf>,
     /// Methods to compare, separated by commas [default: those that need no calibration; all if
     /// `--calibration` is given]

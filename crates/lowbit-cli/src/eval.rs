@@ -15,7 +15,7 @@ use crate::{
 /// Options of `lowbit eval`.
 #[derive(clap::Args)]
 pub(crate) struct Options {
-    /// Folder of the model: config.json, tokenizer.json, model.safetensors
+    /// Folder of the model (config.json, tokenizer.json, model.safetensors), or its GGUF file
     model: PathBuf,
     /// Text or tokens to evaluate on [default: eval.tokens of the model, where it has one]
     #[arg(long, value_name = "FILE")]

@@ -11,7 +11,7 @@ use crate::{Threads, model};
 /// Options of `lowbit generate`.
 #[derive(clap::Args)]
 pub(crate) struct Options {
-    /// Folder of the model: config.json, tokenizer.json, model.safetensors [default: the embedded one]
+    /// Folder of the model (config.json, tokenizer.json, model.safetensors), or its GGUF file [default: the embedded one]
     model: Option<PathBuf>,
     /// Text to continue
     #[arg(long, value_name = "TEXT")]

@@ -1,7 +1,7 @@
 //! `lowbit inspect`: what is in a file or a folder.
 
 use std::{
-    collections::BTreeSet,
+    collections::{BTreeMap, BTreeSet},
     io::Write,
     path::{Path, PathBuf},
 };
@@ -34,6 +34,9 @@ struct Report {
     path: String,
     /// Of all tensors.
     bytes: usize,
+    /// Of a GGUF file; of long values, the beginning.
+    #[serde(skip_serializing_if = "BTreeMap::is_empty")]
+    metadata: BTreeMap<String, String>,
     layers: Vec<Layer>,
     /// Those that belong to no quantized layer.
     tensors: Vec<Tensor>,
@@ -119,7 +122,9 @@ pub(crate) fn run(options: &Options) -> Result<()> {
             problem: finite.map(|at| format!("element {at} is not finite")),
         });
     }
-    let report = Report { path: options.path.display().to_string(), bytes, layers, tensors };
+    let (path, metadata) = (options.path.display().to_string(), source.metadata());
+    let metadata = metadata.iter().cloned().collect();
+    let report = Report { path, bytes, metadata, layers, tensors };
     print(options, &report)
 }
 
@@ -210,10 +215,14 @@ fn print(options: &Options, report: &Report) -> Result<()> {
         writeln!(to, "{}", serde_json::to_string_pretty(report)?)?;
         return Ok(());
     }
-    let Report { path, bytes, layers, tensors } = report;
+    let Report { path, bytes, metadata, layers, tensors } = report;
     let count = layers.len() + tensors.len();
     let size = *bytes as f64 / f64::from(1 << 20);
     writeln!(to, "{path}: {size:.1} MiB, {} quantized layers of {count}", layers.len())?;
+    let (keys, wide) = column(metadata.keys());
+    for (value, key) in metadata.values().zip(keys) {
+        writeln!(to, "{key:wide$}  {}", text::message(value))?;
+    }
     let (names, wide) = column(layers.iter().map(|layer| &layer.name));
     for (layer, name) in layers.iter().zip(names) {
         write!(to, "{name:wide$}  ")?;

@@ -29,7 +29,7 @@ const EVAL_TOKENS: &str = include_str!("../../../models/stories3m/eval.tokens");
 /// Other documents of its own, for methods that look at a layer's inputs.
 const CALIBRATION_TOKENS: &str = include_str!("../../../models/stories3m/calibration.tokens");
 
-/// Opens `folder`, or the embedded model.
+/// Opens a folder or file, or the embedded model.
 pub(crate) fn open(folder: Option<&PathBuf>) -> Result<Checkpoint> {
     let checkpoint = match folder {
         Some(folder) => Checkpoint::open(folder)?,
@@ -105,11 +105,19 @@ pub(crate) fn windows_to_predict(
     match (text, folder) {
         (Some(text), _) => text.windows(checkpoint, protocol),
         (None, Some(folder)) => {
-            own_windows(checkpoint, &folder.join("eval.tokens"), protocol, "--text")
+            own_windows(checkpoint, &beside(folder, "eval.tokens"), protocol, "--text")
         }
         (None, None) => {
             Ok(Windows::from_bytes(checkpoint, "eval.tokens", EVAL_TOKENS.as_bytes(), protocol)?)
         }
+    }
+}
+
+/// A file in the folder of a model, or in that of a model's file.
+fn beside(model: &Path, name: &str) -> PathBuf {
+    match model.is_file() {
+        true => model.with_file_name(name),
+        false => model.join(name),
     }
 }
 
@@ -158,7 +166,7 @@ impl CalibrationOptions {
             }
             (None, Some(_)) if !needed => return Ok(None),
             (None, Some(folder)) => {
-                let file = folder.join("calibration.tokens");
+                let file = beside(folder, "calibration.tokens");
                 own_windows(checkpoint, &file, &protocol, "--calibration")?
             }
             (None, None) => {

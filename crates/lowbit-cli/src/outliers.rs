@@ -19,7 +19,7 @@ use crate::{
 /// Options of `lowbit outliers`.
 #[derive(clap::Args)]
 pub(crate) struct Options {
-    /// Folder of the model: config.json, tokenizer.json, model.safetensors
+    /// Folder of the model (config.json, tokenizer.json, model.safetensors), or its GGUF file
     model: PathBuf,
     /// Text or tokens to run it on
     #[arg(long, value_name = "FILE")]

@@ -21,7 +21,7 @@ pub(crate) struct Scheme {
 /// What `--help` says of the names.
 pub(crate) const HELP: &str = "\
 int1 to int8, nf4, af4, fp4, iq4nl, fp8, fp8e5m2, mxfp4, mxfp8 or nvfp4. Behind it, with hyphens between: \
-g128 or 128x128 for groups or blocks that share a scale (otherwise a row does), zp for zero-points, \
+g128 or 128x128 for groups or blocks that share a scale (otherwise a row does), zp for zero-points, offset for offsets in f16 in their place, \
 f32, f16, bf16 or e8m0 for how scales are stored, is4 for scales that are integers of 4 bits, a8 for int8 and a16 for bfloat16 activations. \
 Or a method of `compare`";
 
@@ -39,12 +39,27 @@ pub(crate) struct MethodOptions {
     /// Bits of a weight [default: 4]
     #[arg(long, value_name = "N", value_parser = RangedU64ValueParser::<u8>::new().range(1..=8))]
     bits: Option<u8>,
-    /// Weights that share a scale, -1 for a whole row [default: 128; 16 for spqr]
+    /// Weights that share a scale, -1 for a whole row [default: 128; 16 for spqr; 32 with --format gguf]
     #[arg(long, value_name = "N", allow_negative_numbers = true, value_parser = group_size)]
     group_size: Option<Granularity>,
     /// A zero-point beside each scale; awq and best always have one
     #[arg(long)]
     zero_points: bool,
+}
+
+/// What the families store where the options do not say it, by the format that holds it.
+#[derive(Clone, Copy)]
+pub(crate) struct Defaults {
+    /// Weights that share a scale.
+    pub(crate) group_size: usize,
+    /// How zero-points are stored.
+    pub(crate) zero_points: ZeroFormat,
+}
+
+impl Default for Defaults {
+    fn default() -> Self {
+        Self { group_size: 128, zero_points: ZeroFormat::Int }
+    }
 }
 
 fn group_size(text: &str) -> Result<Granularity, String> {
@@ -59,9 +74,9 @@ fn group_size(text: &str) -> Result<Granularity, String> {
 
 impl MethodOptions {
     /// The method that is asked for.
-    pub(crate) fn scheme(&self) -> Result<Scheme> {
+    pub(crate) fn scheme(&self, defaults: Defaults) -> Result<Scheme> {
         let Self { method, bits, group_size, zero_points } = self;
-        if let Some(family) = self.family() {
+        if let Some(family) = self.family(defaults) {
             return family;
         }
         let scheme: Scheme = method.parse().with_context(|| {
@@ -89,21 +104,21 @@ impl MethodOptions {
 
     /// Is the method one of those with any bits and group size?
     pub(crate) fn is_family(&self) -> bool {
-        self.family().is_some()
+        self.family(Defaults::default()).is_some()
     }
 
     /// A method of a family; `None` if it is none.
-    fn family(&self) -> Option<Result<Scheme>> {
+    fn family(&self, defaults: Defaults) -> Option<Result<Scheme>> {
         let family = self.method.as_str();
         let always = matches!(family, "awq" | "best");
         let bits = self.bits.unwrap_or(4);
-        let size = if family == "spqr" { 16 } else { 128 };
+        let size = if family == "spqr" { 16 } else { defaults.group_size };
         let granularity = self.group_size.unwrap_or(Granularity::PerGroup(size));
         let zp = self.zero_points || always;
-        let integers = match zp {
-            true => QuantScheme::affine(bits, granularity),
-            false => QuantScheme::symmetric(bits, granularity),
-        };
+        let mut integers = QuantScheme::symmetric(bits, granularity);
+        if zp {
+            integers.zero = defaults.zero_points;
+        }
         let recipe = match family {
             "rtn" => rounding(Rtn::new(integers)),
             "gptq" => rounding(Gptq::new(integers)),
@@ -129,7 +144,11 @@ impl MethodOptions {
             Granularity::PerGroup(size) => format!("-g{size}"),
             _ => String::new(),
         };
-        let zp = if zp { "-zp" } else { "" };
+        let zp = match integers.zero {
+            ZeroFormat::Midpoint => "",
+            ZeroFormat::Int => "-zp",
+            _ => "-offset",
+        };
         let name = format!("{prefix}int{bits}{group}{zp}");
         Some(Ok(Scheme { name, recipe: Box::new(recipe) }))
     }
@@ -214,7 +233,7 @@ fn rtn(name: &str) -> Result<(Rtn, Option<ActivationScheme>)> {
     let mut seen = Vec::new();
     for part in parts {
         let kind = match part {
-            "zp" => "zero-points",
+            "zp" | "offset" => "zero-points",
             "a8" | "a16" => "activations",
             "f32" | "f16" | "bf16" | "e8m0" => "scales",
             _ if part.starts_with("is") => "scales",
@@ -231,10 +250,13 @@ fn rtn(name: &str) -> Result<(Rtn, Option<ActivationScheme>)> {
             number.with_context(|| format!("scheme {name}: {part:?} has no meaning, see --help"))
         };
         match part {
-            "zp" => {
+            "zp" | "offset" => {
                 let is_int = matches!(scheme.dtype, QuantType::Int { .. });
-                ensure!(is_int, "scheme {name}: only integers have zero-points");
-                scheme.zero = ZeroFormat::Int;
+                ensure!(is_int, "scheme {name}: only integers have zero-points or offsets");
+                scheme.zero = match part {
+                    "zp" => ZeroFormat::Int,
+                    _ => ZeroFormat::Offset(ScaleFormat::F16),
+                };
             }
             "f32" => scheme.scale_format = ScaleFormat::F32,
             "f16" => scheme.scale_format = ScaleFormat::F16,
@@ -310,7 +332,7 @@ mod tests {
             method: MethodOptions,
         }
         let args = ["lowbit", "--method"].into_iter().chain(args.split(' '));
-        <Cli as clap::Parser>::try_parse_from(args)?.method.scheme()
+        <Cli as clap::Parser>::try_parse_from(args)?.method.scheme(Defaults::default())
     }
 
     #[test]

@@ -187,8 +187,17 @@ fn tokens_are_read_as_tokens_and_said_to_be() {
 
     let weights = embedded().join("model.safetensors");
     let weights = weights.to_str().unwrap();
-    refuses(&["eval", model, "--text", weights], &["expected a text in UTF-8, but byte"]);
-    refuses(&["outliers", model, "--text", weights], &["expected a text in UTF-8, but byte"]);
+    refuses(
+        &["eval", model, "--text", weights],
+        &["expected a text, but it is a safetensors file"],
+    );
+    let latin = folder.path().join("latin-1.txt");
+    std::fs::write(&latin, b"caf\xe9 au lait").unwrap();
+    let latin = latin.to_str().unwrap();
+    refuses(
+        &["outliers", model, "--text", latin],
+        &["expected a text in UTF-8, but byte 3 is 0xe9"],
+    );
     refuses(&["eval", folder.path().to_str().unwrap()], &["config.json", "No such file"]);
 }
 
@@ -469,6 +478,53 @@ fn a_quantized_checkpoint_predicts_as_well_as_the_model_that_was_quantized() {
         "8",
     ]);
     assert!(generated.status.success());
+}
+
+#[test]
+fn a_gguf_file_alone_is_a_model() {
+    let copy = Copy::new();
+    let path = |name: &str| copy.file(name).to_str().unwrap().to_owned();
+    let (model, text) = (path(""), path("text.txt"));
+    let quantize = |from: &str, format: &str, out: &str| {
+        let how = ["--method", "int4-g32", "--format", format, "--out", out, "--json"];
+        json(&[&["quantize", from][..], &how].concat())
+    };
+    let perplexity = |model: &str| {
+        json(&["eval", model, "--text", &text, "--json"])["perplexity"].as_f64().unwrap()
+    };
+    quantize(&model, "gguf", &path("out"));
+    let expected = perplexity(&path("out"));
+    // Without config.json and tokenizer.json, under any name, or as the only one of its folder.
+    fs::create_dir(copy.file("alone")).unwrap();
+    let blob = path("alone/blob");
+    fs::copy(copy.file("out/model.gguf"), &blob).unwrap();
+    for alone in [&blob, &path("alone")] {
+        assert_eq!(perplexity(alone), expected);
+    }
+    let inspected = json(&["inspect", &blob, "--json"]);
+    assert_eq!(inspected["metadata"]["general.architecture"], "\"llama\"");
+    assert_eq!(inspected["layers"].as_array().unwrap().len(), 28);
+    let generated = lowbit(&["generate", &blob, "--prompt", "Once", "--max-tokens", "4"]);
+    assert!(generated.status.success());
+    let compared = json(&["compare", &blob, "--methods", "int8", "--text", &text, "--json"]);
+    assert!((compared["rows"][0]["perplexity"].as_f64().unwrap() / expected - 1.0).abs() < 1e-6);
+
+    // From GGUF to a folder of its own, and to GGUF again; 4 bits of 4 bits lose next to nothing.
+    for format in ["gptq", "gguf"] {
+        let out = path(&format!("again-{format}"));
+        quantize(&blob, format, &out);
+        assert!((perplexity(&out) / expected - 1.0).abs() < 0.05, "{format}");
+        for file in ["config.json", "tokenizer.json"] {
+            assert!(Path::new(&out).join(file).is_file());
+        }
+        assert!(!Path::new(&out).join("blob").exists());
+    }
+    refuses(
+        &["quantize", &blob, "--method", "gptq", "--format", "gptq", "--out", &path("x")],
+        &["alone/calibration.tokens", "--calibration FILE"],
+    );
+    fs::copy(&blob, copy.file("alone/other.gguf")).unwrap();
+    refuses(&["eval", &path("alone"), "--text", &text], &["several GGUF models, blob, other.gguf"]);
 }
 
 /// Of layers that a method has calibrated, block by block: [`eval`] of the files is what `compare` has shown.

@@ -286,7 +286,8 @@ fn a_layer_that_is_skipped_stays_as_it_is_in_a_calibrated_model() {
     let stories = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../models/stories3m");
     let folder = TempDir::new().unwrap();
     let [out, text] = ["out", "text.txt"].map(|name| folder.path().join(name));
-    fs::write(&text, "Once upon a time there was a little girl. She liked to play.").unwrap();
+    let story = "Once upon a time there was a little girl. She liked to play. ".repeat(5);
+    fs::write(&text, story).unwrap();
     let [from, out, text] = [&stories, &out, &text].map(|path| path.to_str().unwrap());
     let skip = ["--skip", "*.1.mlp.down_proj", "--skip", "*.v_proj"];
     let quantize = ["quantize", from, "--calibration", text, "--out", out, "--json", "--method"];

@@ -210,6 +210,11 @@ fn the_scale_of_fp8_is_found_under_every_name_it_has() {
             fp8_weight(r, c) * scale(r, 0)
         });
     }
+    // Powers of two in blocks: 2^(126 − 127) and so on.
+    let mut powers = fp8_tensors("weight_scale_inv", &[1], &[0.0]);
+    powers[1] = tensor("weight_scale_inv", Dtype::F8E8M0, &[2, 2], vec![126, 127, 128, 129]);
+    let blocks = json!({"quant_method": "fp8", "weight_block_size": [4, 16]});
+    check(&blocks, &powers, |r, c| fp8_weight(r, c) * [0.5, 1.0, 2.0, 4.0][r / 4 * 2 + c / 16]);
     // In groups along the row.
     check(&config, &fp8_tensors("weight_scale", &[N, 2], &scales(2)), |r, c| {
         fp8_weight(r, c) * scale(r, c / 16)
@@ -436,7 +441,7 @@ fn a_hadamard_product_of_the_input_is_computed() {
     // Any signs of the rows and any order of the columns.
     let sign = |i: usize, j: usize| {
         let column = (j * 5 + 3) % K;
-        if ((i & column).count_ones() % 2 == 1) != (i % 3 == 0) { -1.0_f32 } else { 1.0 }
+        if ((i & column).count_ones() % 2 == 1) != i.is_multiple_of(3) { -1.0_f32 } else { 1.0 }
     };
     let matrix: Vec<f32> = (0..K * K).map(|i| sign(i / K, i % K)).collect();
     let x: Vec<f32> = (0..K).map(|c| (c as f32 * 0.7).sin()).collect();

@@ -1,4 +1,8 @@
-use std::{borrow::Cow, collections::BTreeSet, path::Path};
+use std::{
+    borrow::Cow,
+    collections::BTreeSet,
+    path::{Path, PathBuf},
+};
 
 use lowbit::{
     Mat, QLinear,
@@ -11,12 +15,15 @@ use serde_json::Value;
 
 use crate::{
     Config, Error, Result, Tensors, Tokenizer,
-    tensors::{holds_gguf, read},
+    gguf_files::{self, GgufFiles},
+    gguf_model::{Description, GgufModel},
+    gguf_tokenizer,
+    tensors::read,
 };
 
 /// A model as it is stored, checked, and not yet in memory: the Hugging Face layout of
 /// `config.json`, `tokenizer.json` and `model.safetensors` (or several files under
-/// `model.safetensors.index.json`), or else `model.gguf` with the names of llama.cpp.
+/// `model.safetensors.index.json`), or a GGUF file of llama.cpp, whose metadata have the shape and the tokenizer.
 ///
 /// Weights stay in their file until a [`Model`](crate::Model) asks for them, one layer at a time. Linear
 /// layers, embedding and head may be quantized, each in the convention of
@@ -36,6 +43,15 @@ pub struct Checkpoint {
     /// What config.json says of quantized layers.
     quantization: QuantizationConfig,
     notes: Vec<String>,
+    texts: Texts,
+}
+
+/// The text files of a model, as they are or as they would be.
+struct Texts {
+    config: Value,
+    tokenizer: Vec<u8>,
+    /// Do the tensors come from GGUF files?
+    gguf: bool,
 }
 
 /// The weights of one linear layer, in f32, on their way to whatever will multiply with them.
@@ -50,25 +66,79 @@ pub struct LinearWeights {
 }
 
 impl Checkpoint {
-    /// Opens the folder and checks everything in it, reading each weight once: what is opened can
-    /// be loaded. The weights are mapped, not read into memory: do not change the files meanwhile.
+    /// Opens a model and checks everything in it, reading each weight once: what is opened can be loaded.
+    /// The weights are mapped, not read into memory: do not change the files meanwhile.
+    ///
+    /// `path` is a folder, or a GGUF file of any name: one that starts with the bytes `GGUF`. A folder that has
+    /// no safetensors may hold one GGUF model under its own name. Of a model in several parts
+    /// (`NAME-00001-of-00003.gguf`) any part will do. config.json and tokenizer.json beside a GGUF file are
+    /// used, and must not contradict its metadata; without them the metadata serve.
     ///
     /// # Errors
-    /// One that names the file and the tensor or field: [`Error::Io`], [`Error::File`],
+    /// One that names the file and the tensor, field or key: [`Error::Io`], [`Error::File`],
     /// [`Error::Config`], [`Error::Format`], [`Error::TensorShape`], [`Error::TensorUnknown`] or
     /// [`Error::NotFinite`].
-    pub fn open(folder: impl AsRef<Path>) -> Result<Self> {
-        let folder = folder.as_ref();
+    pub fn open(path: impl AsRef<Path>) -> Result<Self> {
+        let folder = path.as_ref();
+        if let Some(files) = gguf_files::find(folder)? {
+            return Self::open_gguf(folder, &files).map_err(|e| match e {
+                // What this decoder does not know is no reason to read the tensors alone, under other names.
+                Error::Tokenizer { file, reason } => Error::File { file, reason },
+                Error::Config { file, field, expected, got } => {
+                    Error::File { file, reason: format!("{field}: expected {expected}, got {got}") }
+                }
+                e => e,
+            });
+        }
+        check_folder(folder)?;
         let path = |file: &str| folder.join(file);
         let name = |file: &str| path(file).display().to_string();
         let json = read(&path("config.json"))?;
         let config = Config::parse(&name("config.json"), &json)?;
-        let tokenizer = Tokenizer::parse(&name("tokenizer.json"), &read(&path("tokenizer.json"))?)?;
-        let (tensors, quantization) = match holds_gguf(folder) {
-            true => (Tensors::open_llama_gguf(folder, &config)?, QuantizationConfig::default()),
-            false => (Tensors::open(folder)?, quantization_config(folder)?),
+        let tokenizer_json = read(&path("tokenizer.json"))?;
+        let tokenizer = Tokenizer::parse(&name("tokenizer.json"), &tokenizer_json)?;
+        let (tensors, quantization) = (Tensors::open(folder)?, quantization_config(folder)?);
+        let texts = Texts { config: value(&json), tokenizer: tokenizer_json, gguf: false };
+        Self::new(folder.display().to_string(), config, quantization, tokenizer, tensors, texts)
+    }
+
+    /// `files` are all parts of what `path`, one of them or their folder, stands for.
+    fn open_gguf(path: &Path, files: &[PathBuf]) -> Result<Self> {
+        let (parts, maps) = Tensors::map_gguf(files)?;
+        let parts = GgufFiles::new(parts)?;
+        let description = Description::of(&parts)?;
+        let beside = |name: &str| files[0].with_file_name(name);
+        let present = |file: &Path| file.exists().then(|| read(file)).transpose();
+
+        let file = beside("config.json");
+        let (config, config_json) = match present(&file)? {
+            Some(bytes) => {
+                let (file, json) = (file.display().to_string(), value(&bytes));
+                let config = Config::parse(&file, &bytes)?;
+                description.agree(&parts, &file, &json, &config)?;
+                (config, json)
+            }
+            None => (description.config.clone(), description.json.clone()),
         };
-        Self::new(folder.display().to_string(), config, quantization, tokenizer, tensors)
+        let file = beside("tokenizer.json");
+        let (tokenizer, tokenizer_json) = match present(&file)? {
+            Some(bytes) => {
+                let file = file.display().to_string();
+                let tokenizer = Tokenizer::parse(&file, &bytes)?;
+                gguf_tokenizer::agree(&parts, &file, &value(&bytes))?;
+                (tokenizer, bytes)
+            }
+            None => {
+                let (json, lacking) = gguf_tokenizer::json(&parts)?;
+                let bytes = json.to_string().into_bytes();
+                (Tokenizer::parse(parts.file(), &bytes)?.lacking(lacking), bytes)
+            }
+        };
+        let tensors = Tensors::of(GgufModel::new(parts, &description)?, maps);
+        let texts = Texts { config: config_json, tokenizer: tokenizer_json, gguf: true };
+        // Its own tensors show how each layer is stored.
+        let quantization = QuantizationConfig::default();
+        Self::new(path.display().to_string(), config, quantization, tokenizer, tensors, texts)
     }
 
     /// The same from the contents of the three files, for a model that is part of a program; error
@@ -83,10 +153,12 @@ impl Checkpoint {
         tokenizer: &[u8],
     ) -> Result<Self> {
         let quantization = parse(config)?.unwrap_or_default();
+        let texts = Texts { config: value(config), tokenizer: tokenizer.into(), gguf: false };
         let config = Config::parse(&format!("{name}/config.json"), config)?;
         let tokenizer = Tokenizer::parse(&format!("{name}/tokenizer.json"), tokenizer)?;
         let tensors = Safetensors::new(format!("{name}/model.safetensors"), safetensors.into())?;
-        Self::new(name.into(), config, quantization, tokenizer, Tensors::in_memory(tensors))
+        let tensors = Tensors::of(tensors, Vec::new());
+        Self::new(name.into(), config, quantization, tokenizer, tensors, texts)
     }
 
     fn new(
@@ -95,9 +167,10 @@ impl Checkpoint {
         quantization: QuantizationConfig,
         tokenizer: Tokenizer,
         tensors: Tensors,
+        texts: Texts,
     ) -> Result<Self> {
         let notes = Vec::new();
-        let mut checkpoint = Self { name, config, tokenizer, tensors, quantization, notes };
+        let mut checkpoint = Self { name, config, tokenizer, tensors, quantization, notes, texts };
         checkpoint.notes = checkpoint.check()?;
         Ok(checkpoint)
     }
@@ -116,7 +189,7 @@ impl Checkpoint {
         &self.notes
     }
 
-    /// The folder, or the name given to [`from_bytes`](Self::from_bytes).
+    /// The folder or file, or the name given to [`from_bytes`](Self::from_bytes).
     pub fn name(&self) -> &str {
         &self.name
     }
@@ -129,6 +202,32 @@ impl Checkpoint {
     /// What tokenizer.json says.
     pub fn tokenizer(&self) -> &Tokenizer {
         &self.tokenizer
+    }
+
+    /// A config.json of the model: its own, or what the metadata of a GGUF file say.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] if no config.json can say what the metadata do.
+    ///
+    /// # Example
+    /// ```no_run
+    /// let checkpoint = lowbit_lm::Checkpoint::open("model.gguf")?;
+    /// std::fs::write("config.json", checkpoint.config_json()?.to_string()).unwrap();
+    /// std::fs::write("tokenizer.json", checkpoint.tokenizer_json()).unwrap();
+    /// # Ok::<(), lowbit_lm::Error>(())
+    /// ```
+    pub fn config_json(&self) -> Result<Value> {
+        Description::config_json(&self.texts.config, &self.config)
+    }
+
+    /// A tokenizer.json of the model: its own, or what the metadata of a GGUF file say.
+    pub fn tokenizer_json(&self) -> &[u8] {
+        &self.texts.tokenizer
+    }
+
+    /// Do the weights come from GGUF files?
+    pub fn is_gguf(&self) -> bool {
+        self.texts.gguf
     }
 
     /// The tensors as they are stored.
@@ -408,7 +507,7 @@ impl Checkpoint {
 
 impl std::fmt::Debug for Checkpoint {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        let Self { name, config, tokenizer, tensors: _, quantization, notes } = self;
+        let Self { name, config, tokenizer, tensors: _, quantization, notes, texts: _ } = self;
         f.debug_struct("Checkpoint")
             .field("name", name)
             .field("config", config)
@@ -454,6 +553,24 @@ pub(crate) fn block_linears(c: &Config, layer: usize) -> [LinearSpec; 7] {
 pub(crate) fn block_norms(layer: usize) -> [String; 2] {
     ["input_layernorm", "post_attention_layernorm"]
         .map(|norm| format!("model.layers.{layer}.{norm}.weight"))
+}
+
+/// What is no JSON is refused by the parsers of config.json and tokenizer.json.
+fn value(json: &[u8]) -> Value {
+    serde_json::from_slice(json).unwrap_or_default()
+}
+
+/// Says what to give instead of what is no folder.
+fn check_folder(path: &Path) -> Result<()> {
+    let data = std::fs::metadata(path).map_err(|cause| Error::Io { path: path.into(), cause })?;
+    match data.is_dir() {
+        true => Ok(()),
+        false => Err(Error::File {
+            file: path.display().to_string(),
+            reason: "expected the folder of a model or a GGUF file, got another file: give the folder that it is in"
+                .into(),
+        }),
+    }
 }
 
 /// What has been checked.

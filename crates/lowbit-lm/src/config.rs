@@ -19,6 +19,8 @@ use crate::{Error, Result, RopeScaling, files::not_json, rope};
 #[derive(Clone, Debug, PartialEq)]
 #[non_exhaustive]
 pub struct Config {
+    /// Which model this is.
+    pub architecture: Architecture,
     /// Width of the residual stream.
     pub hidden_size: usize,
     /// Width inside the MLP.
@@ -41,6 +43,9 @@ pub struct Config {
     pub rope_theta: f32,
     /// Slower rotary frequencies for a longer context.
     pub rope_scaling: Option<RopeScaling>,
+    /// What each rotary frequency is divided by, in place of `rope_scaling`: head_dim / 2 numbers, which GGUF
+    /// files of Llama 3 store; config.json has none.
+    pub rope_factors: Option<Vec<f32>>,
     /// The head is the embedding.
     pub tie_word_embeddings: bool,
     /// q, k and v have a bias.
@@ -117,6 +122,7 @@ impl Config {
         let (rope_theta, rope_scaling) = rope::parse(&f, max_position_embeddings)?;
         let vocab_size = f.size("vocab_size")?;
         let config = Self {
+            architecture,
             hidden_size,
             intermediate_size: f.size("intermediate_size")?,
             num_hidden_layers: f.size("num_hidden_layers")?,
@@ -128,6 +134,7 @@ impl Config {
             rms_norm_eps: f.positive("rms_norm_eps", Some(1e-6))?,
             rope_theta,
             rope_scaling,
+            rope_factors: None,
             tie_word_embeddings: f.bool("tie_word_embeddings", false)?,
             qkv_bias: qwen2 || attention_bias,
             o_bias: !qwen2 && attention_bias,
@@ -209,11 +216,15 @@ impl Config {
     }
 }
 
-/// Which model this is.
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum Architecture {
+/// Which model a [`Config`] is of: the class in `architectures`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Architecture {
+    /// `LlamaForCausalLM`
     Llama,
+    /// `Qwen2ForCausalLM`
     Qwen2,
+    /// `MistralForCausalLM`
     Mistral,
 }
 

@@ -150,7 +150,7 @@ fn hint(path: &std::path::Path, cause: &std::io::Error) -> &'static str {
     let is_part = path.file_name().is_some_and(|name| parts.iter().any(|part| name == *part));
     match cause.kind() {
         std::io::ErrorKind::NotFound if is_part => {
-            ": a model folder has config.json, tokenizer.json and model.safetensors"
+            ": a model folder has config.json, tokenizer.json and model.safetensors, or a GGUF file"
         }
         _ => "",
     }

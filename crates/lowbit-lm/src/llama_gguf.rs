@@ -1,18 +1,17 @@
 //! Models of the Llama family in GGUF: the names, the order of rows and the metadata of llama.cpp.
 //!
 //! In architecture `llama` the rows of q and k are sorted for rotary pairs of neighbours: row `2i + s` of a
-//! head is row `i + s·dim/2` of the checkpoint. In `qwen2`, for models with a bias on q, k and v, rows stay
-//! where they are.
+//! head is row `i + s·dim/2` of the checkpoint. Their biases go with
+//! them. In `qwen2` rows stay where they are.
 
-use std::collections::BTreeMap;
+use lowbit::formats::{Tensor, TensorView, gguf::Value};
 
-use lowbit::formats::{
-    self, Tensor, TensorSource, TensorView,
-    gguf::{Array, Gguf, Value},
+pub use crate::gguf_vocabulary::Texts;
+use crate::{
+    Architecture, Config, Error, Result, RopeScaling,
+    gguf_vocabulary::{self, Vocabulary},
+    rope,
 };
-use serde_json::Value as Json;
-
-use crate::{Config, Error, Result};
 
 /// Names without their block: in a checkpoint, in GGUF.
 const NAMES: [(&str, &str); 12] = [
@@ -43,7 +42,7 @@ pub fn gguf_name(name: &str) -> Option<String> {
     rename(name, "model.layers.", "blk.", |(checkpoint, gguf)| (*checkpoint, *gguf))
 }
 
-fn checkpoint_name(name: &str) -> Option<String> {
+pub(crate) fn checkpoint_name(name: &str) -> Option<String> {
     rename(name, "blk.", "model.layers.", |(checkpoint, gguf)| (*gguf, *checkpoint))
 }
 
@@ -67,7 +66,7 @@ fn rename<'a>(
 fn sorted_heads(config: &Config, name: &str) -> Option<usize> {
     let of = |part: &str| name.contains(&format!(".self_attn.{part}."));
     match () {
-        () if config.qkv_bias => None,
+        () if architecture(config) == QWEN2 => None,
         () if of("q_proj") => Some(config.num_attention_heads),
         () if of("k_proj") => Some(config.num_key_value_heads),
         () => None,
@@ -75,7 +74,7 @@ fn sorted_heads(config: &Config, name: &str) -> Option<usize> {
 }
 
 /// Rows in the order of llama.cpp, or back to that of the checkpoint.
-fn sort_rows(view: TensorView<'_>, heads: usize, back: bool) -> Option<Tensor> {
+pub(crate) fn sort_rows(view: TensorView<'_>, heads: usize, back: bool) -> Option<Tensor> {
     let rows = *view.shape.first()?;
     let dim = rows.checked_div(heads).filter(|dim| dim.is_multiple_of(2) && dim * heads == rows)?;
     let row = view.bytes.len().checked_div(rows).filter(|row| row * rows == view.bytes.len())?;
@@ -92,8 +91,8 @@ fn sort_rows(view: TensorView<'_>, heads: usize, back: bool) -> Option<Tensor> {
     Some(Tensor::new(view.name, view.dtype, view.shape.to_vec(), bytes))
 }
 
-/// A tensor of a checkpoint as it is in GGUF, but for its name: q and k sorted, norms in f32. `None` if it
-/// is the same.
+/// A tensor of a checkpoint as it is in GGUF, but for its name: q and k sorted, norms and biases in f32. `None`
+/// if it is the same.
 ///
 /// # Errors
 /// [`Error::Invalid`] if the rows of q or k do not make heads, [`Error::Format`] if a norm is no tensor of
@@ -111,83 +110,68 @@ fn sort_rows(view: TensorView<'_>, heads: usize, back: bool) -> Option<Tensor> {
 /// ```
 pub fn to_gguf(config: &Config, view: TensorView<'_>) -> Result<Option<Tensor>> {
     let invalid = || Error::Invalid(format!("{}: its rows do not make heads", view.name));
+    let float = |view: TensorView<'_>| -> Result<Tensor> {
+        Ok(Tensor::f32(view.name, view.shape.to_vec(), &view.to_f32()?))
+    };
+    let vector = view.shape.len() == 1;
     Ok(match sorted_heads(config, view.name) {
-        Some(heads) => Some(sort_rows(view, heads, false).ok_or_else(invalid)?),
-        None if view.shape.len() == 1 => {
-            Some(Tensor::f32(view.name, view.shape.to_vec(), &view.to_f32()?))
+        Some(heads) => {
+            let sorted = sort_rows(view, heads, false).ok_or_else(invalid)?;
+            Some(if vector { float(sorted.view())? } else { sorted })
         }
+        None if vector => Some(float(view)?),
         None => None,
     })
 }
 
-/// A GGUF file under the names, and in the order of rows, of a checkpoint.
-pub(crate) struct LlamaGguf<S> {
-    file: Gguf<S>,
-    /// Name in the checkpoint to name in the file.
-    names: BTreeMap<String, String>,
-    /// Tensors whose rows had to be sorted back.
-    sorted: BTreeMap<String, Tensor>,
+/// What a GGUF file holds of a model beside its own tensors.
+#[derive(Clone, Debug, Default, PartialEq)]
+#[non_exhaustive]
+pub struct Metadata {
+    /// Keys and their values, in the order of the file.
+    pub keys: Vec<(String, Value<'static>)>,
+    /// Tensors that no checkpoint has, under their names in GGUF: the factors of scaled rotary frequencies.
+    pub tensors: Vec<Tensor>,
+    /// Where llama.cpp will not do as the model does, in plain words.
+    pub substitutions: Vec<String>,
 }
 
-impl<S: AsRef<[u8]>> LlamaGguf<S> {
-    pub(crate) fn new(file: Gguf<S>, config: &Config) -> Result<Self> {
-        let (mut names, mut sorted) = (BTreeMap::new(), BTreeMap::new());
-        for gguf in file.names() {
-            let name = checkpoint_name(gguf).unwrap_or_else(|| gguf.into());
-            if let Some(heads) = sorted_heads(config, &name) {
-                let view = TensorView { name: &name, ..file.tensor(gguf)? };
-                let invalid = || Error::Invalid(format!("{gguf}: its rows do not make heads"));
-                sorted.insert(name.clone(), sort_rows(view, heads, true).ok_or_else(invalid)?);
-            }
-            names.insert(name, gguf.into());
-        }
-        Ok(Self { file, names, sorted })
-    }
-}
-
-impl<S: AsRef<[u8]>> TensorSource for LlamaGguf<S> {
-    fn names(&self) -> Vec<&str> {
-        self.names.keys().map(String::as_str).collect()
-    }
-
-    fn tensor(&self, name: &str) -> formats::Result<TensorView<'_>> {
-        if let Some(tensor) = self.sorted.get(name) {
-            return Ok(TensorView { file: self.file.file(), ..tensor.view() });
-        }
-        match self.names.get_key_value(name) {
-            Some((name, gguf)) => Ok(TensorView { name, ..self.file.tensor(gguf)? }),
-            None => self.file.tensor(name),
-        }
-    }
-}
-
-/// What llama.cpp wants to know of a model beside its tensors.
+/// What llama.cpp wants to know of a model beside its tensors. It fails before there is any work to lose:
+/// call it first.
 ///
 /// # Errors
-/// [`Error::Invalid`] for a tokenizer that is no byte-pair encoding, and for rotary frequencies that are
-/// scaled, which this does not write.
-pub fn metadata(
-    name: &str,
-    config: &Config,
-    tokenizer: &[u8],
-) -> Result<Vec<(String, Value<'static>)>> {
-    let invalid = |what: &str| Error::Invalid(format!("GGUF: {what}"));
-    if config.rope_scaling.is_some() {
-        return Err(invalid("rotary frequencies that are scaled are not supported"));
-    }
+/// [`Error::Invalid`] for what llama.cpp cannot hold: a tokenizer that is no byte-pair encoding, biases or
+/// rotary frequencies that an architecture has no place for. [`Error::File`] for a text that is damaged.
+///
+/// # Example
+/// ```no_run
+/// use lowbit_lm::{Checkpoint, llama_gguf::{Texts, metadata}};
+///
+/// let checkpoint = Checkpoint::open("models/stories3m")?;
+/// let tokenizer = std::fs::read("models/stories3m/tokenizer.json").expect("a file");
+/// let texts = Texts { tokenizer: &tokenizer, ..Texts::default() };
+/// let metadata = metadata("stories3m", checkpoint.config(), &texts)?;
+/// assert_eq!(metadata.keys[0].1.as_str(), Some("llama"));
+/// # Ok::<(), lowbit_lm::Error>(())
+/// ```
+pub fn metadata(name: &str, config: &Config, texts: &Texts<'_>) -> Result<Metadata> {
     let text = |text: &str| Value::String(text.as_bytes().to_vec().into());
     let number = |x: usize| Value::U32(x as u32);
-    let architecture = if config.qkv_bias { "qwen2" } else { "llama" };
-    let mut all = vec![
+    let architecture = architecture(config);
+    if architecture == QWEN2 && (config.o_bias || config.mlp_bias) {
+        let what = "architecture qwen2 has no place for biases of o, gate, up and down";
+        return Err(Error::Invalid(format!("GGUF: {what}; choose another --format")));
+    }
+    let mut keys = vec![
         ("general.architecture".into(), text(architecture)),
+        ("general.type".into(), text("model")),
         ("general.name".into(), text(name)),
         ("general.quantization_version".into(), Value::U32(2)),
     ];
-    let hidden = config.hidden_size;
     for (key, value) in [
         ("block_count", number(config.num_hidden_layers)),
         ("context_length", number(config.max_position_embeddings)),
-        ("embedding_length", number(hidden)),
+        ("embedding_length", number(config.hidden_size)),
         ("feed_forward_length", number(config.intermediate_size)),
         ("attention.head_count", number(config.num_attention_heads)),
         ("attention.head_count_kv", number(config.num_key_value_heads)),
@@ -198,89 +182,72 @@ pub fn metadata(
         ("rope.dimension_count", number(config.head_dim)),
         ("vocab_size", number(config.vocab_size)),
     ] {
-        all.push((format!("{architecture}.{key}"), value));
+        keys.push((format!("{architecture}.{key}"), value));
     }
-    all.extend(tokens(config, tokenizer).ok_or_else(|| invalid("expected a BPE tokenizer"))?);
-    Ok(all)
+    let (scaling, factors) = rope(config)?;
+    keys.extend(scaling.into_iter().map(|(key, value)| (format!("{architecture}.{key}"), value)));
+    let Vocabulary { keys: vocabulary, substitutions } = gguf_vocabulary::of(config, texts)?;
+    keys.extend(vocabulary);
+    let tensors = factors.map(|all| Tensor::f32("rope_freqs.weight", vec![all.len()], &all));
+    Ok(Metadata { keys, tensors: tensors.into_iter().collect(), substitutions })
 }
 
-/// Tokens, their types and the merges, of tokenizer.json.
-fn tokens(config: &Config, tokenizer: &[u8]) -> Option<Vec<(String, Value<'static>)>> {
-    /// Types of tokens in llama.cpp.
-    const NORMAL: i32 = 1;
-    const UNKNOWN: i32 = 2;
-    const CONTROL: i32 = 3;
-    const UNUSED: i32 = 5;
-    const BYTE: i32 = 6;
+/// The architecture in which the rows of q and k stay where they are.
+const QWEN2: &str = "qwen2";
 
-    let json: Json = serde_json::from_slice(tokenizer).ok()?;
-    let model = json.get("model")?;
-    let vocab = model.get("vocab")?.as_object()?;
-    let mut tokens = vec![(String::new(), UNUSED); config.vocab_size];
-    let mut set = |id: &Json, token: &str, kind: i32| {
-        let at = id.as_u64().and_then(|id| usize::try_from(id).ok())?;
-        *tokens.get_mut(at)? = (token.into(), kind);
-        Some(())
-    };
-    let fallback = model.get("byte_fallback").and_then(Json::as_bool).unwrap_or(false);
-    let unknown = model.get("unk_token").and_then(Json::as_str);
-    for (token, id) in vocab {
-        let byte = fallback && token.len() == 6 && token.starts_with("<0x");
-        let kind = match () {
-            () if byte => BYTE,
-            () if Some(token.as_str()) == unknown => UNKNOWN,
-            () => NORMAL,
-        };
-        set(id, token, kind);
+/// What llama.cpp calls this model; Mistral is a Llama there.
+fn architecture(config: &Config) -> &'static str {
+    match config.architecture {
+        Architecture::Llama | Architecture::Mistral => "llama",
+        Architecture::Qwen2 => QWEN2,
     }
-    for added in json.get("added_tokens").and_then(Json::as_array).into_iter().flatten() {
-        let special = added.get("special").and_then(Json::as_bool) == Some(true);
-        let content = added.get("content")?.as_str()?;
-        set(added.get("id")?, content, if special { CONTROL } else { NORMAL });
+}
+
+/// Keys of rotary frequencies that are scaled, or what each of them is divided by.
+type RopeKeys = (Vec<(&'static str, Value<'static>)>, Option<Vec<f32>>);
+
+fn rope(config: &Config) -> Result<RopeKeys> {
+    let text = |text: &'static str| Value::from(text);
+    let refuse = |what: &str| Err(Error::Invalid(format!("GGUF: {what}; choose another --format")));
+    if let Some(factors) = &config.rope_factors {
+        return Ok((vec![], Some(factors.clone())));
     }
-    let string = |text: &str| Value::String(text.as_bytes().to_vec().into());
-    let array = |items: Vec<Value<'static>>| Array::new(&items).map(Value::Array);
-    let names = tokens.iter().enumerate().map(|(id, (token, _))| match token.as_str() {
-        "" => string(&format!("[PAD{id}]")),
-        token => string(token),
-    });
-    let mut all = vec![
-        ("tokenizer.ggml.model".into(), string(if fallback { "llama" } else { "gpt2" })),
-        ("tokenizer.ggml.pre".into(), string("default")),
-        ("tokenizer.ggml.tokens".into(), array(names.collect())?),
-        (
-            "tokenizer.ggml.token_type".into(),
-            array(tokens.iter().map(|(_, kind)| Value::I32(*kind)).collect())?,
+    Ok(match config.rope_scaling {
+        None => (vec![], None),
+        Some(RopeScaling::Linear(factor)) => (
+            vec![
+                ("rope.scaling.type", text("linear")),
+                ("rope.scaling.factor", Value::F32(factor)),
+            ],
+            None,
         ),
-    ];
-    let merges = model.get("merges").and_then(Json::as_array)?;
-    let merges: Option<Vec<String>> = merges
-        .iter()
-        .map(|merge| match merge {
-            Json::String(merge) => Some(merge.clone()),
-            pair => Some(format!("{} {}", pair.get(0)?.as_str()?, pair.get(1)?.as_str()?)),
-        })
-        .collect();
-    if fallback {
-        // A score for each token: the sooner its merge, the higher.
-        let mut scores = vec![0.0; tokens.len()];
-        for (rank, merge) in merges?.iter().enumerate() {
-            let id = vocab.get(&merge.replacen(' ', "", 1)).and_then(Json::as_u64);
-            if let Some(score) = id.and_then(|id| scores.get_mut(id as usize)) {
-                *score = -(rank as f32);
-            }
+        Some(RopeScaling::Llama3(_)) if architecture(config) == QWEN2 => {
+            return refuse("architecture qwen2 has no place for rope_scaling of the type llama3");
         }
-        let scores = scores.into_iter().map(Value::F32).collect();
-        all.push(("tokenizer.ggml.scores".into(), array(scores)?));
-    } else {
-        let merges: Vec<_> = merges?.iter().map(|merge| string(merge)).collect();
-        all.extend(array(merges).map(|merges| ("tokenizer.ggml.merges".to_string(), merges)));
-    }
-    if let Some(bos) = config.bos_token_id {
-        all.push(("tokenizer.ggml.bos_token_id".into(), Value::U32(bos)));
-    }
-    if let Some(&eos) = config.eos_token_id.first() {
-        all.push(("tokenizer.ggml.eos_token_id".into(), Value::U32(eos)));
-    }
-    Some(all)
+        Some(RopeScaling::Llama3(scaling)) => {
+            let frequencies = rope::unscaled(config);
+            (vec![], Some(frequencies.map(|frequency| scaling.divisor(frequency)).collect()))
+        }
+        Some(RopeScaling::Yarn(yarn)) if !yarn.truncate => {
+            return refuse("YaRN interpolates between whole pairs, so truncate must be true");
+        }
+        Some(RopeScaling::Yarn(yarn)) => {
+            let mut keys = vec![
+                ("rope.scaling.type", text("yarn")),
+                ("rope.scaling.factor", Value::F32(yarn.factor)),
+                (
+                    "rope.scaling.original_context_length",
+                    Value::U32(yarn.original_max_position_embeddings as u32),
+                ),
+                ("rope.scaling.yarn_beta_fast", Value::F32(yarn.beta_fast)),
+                ("rope.scaling.yarn_beta_slow", Value::F32(yarn.beta_slow)),
+            ];
+            // llama.cpp multiplies by the paper's factor itself.
+            let attention = yarn.attention_factor / (1.0 + 0.1 * yarn.factor.ln());
+            if (attention - 1.0).abs() > 1e-6 {
+                keys.push(("rope.scaling.attn_factor", Value::F32(attention)));
+            }
+            (keys, None)
+        }
+    })
 }

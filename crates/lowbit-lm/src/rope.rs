@@ -66,9 +66,12 @@ pub(crate) struct Rope {
 impl Rope {
     /// `theta^(−2i/head_dim)`, scaled.
     pub(crate) fn new(c: &Config) -> Self {
-        let dim = c.head_dim as f32;
-        let base = (0..c.head_dim / 2).map(|i| 1.0 / c.rope_theta.powf((2 * i) as f32 / dim));
+        let base = unscaled(c);
         let frequencies = match c.rope_scaling {
+            _ if c.rope_factors.is_some() => {
+                let factors = c.rope_factors.iter().flatten();
+                base.zip(factors).map(|(f, factor)| f / factor).collect()
+            }
             None => base.collect(),
             Some(RopeScaling::Linear(factor)) => base.map(|f| f / factor).collect(),
             Some(RopeScaling::Llama3(s)) => base.map(|f| s.stretch(f)).collect(),
@@ -87,13 +90,31 @@ impl Rope {
     }
 }
 
+/// `theta^(−2i/head_dim)` of each pair.
+pub(crate) fn unscaled(c: &Config) -> impl Iterator<Item = f32> {
+    let (theta, dim) = (c.rope_theta, c.head_dim);
+    (0..dim / 2).map(move |i| 1.0 / theta.powf((2 * i) as f32 / dim as f32))
+}
+
 impl Llama3Scaling {
-    fn stretch(&self, frequency: f32) -> f32 {
-        // 0 where the wave is long, 1 where it is short
+    /// 0 where the wave is long, 1 where it is short.
+    fn keep(&self, frequency: f32) -> f32 {
         let turns = self.original_max_position_embeddings as f32 * frequency / TAU;
         let keep = (turns - self.low_freq_factor) / (self.high_freq_factor - self.low_freq_factor);
-        let keep = keep.clamp(0.0, 1.0);
+        keep.clamp(0.0, 1.0)
+    }
+
+    fn stretch(&self, frequency: f32) -> f32 {
+        let keep = self.keep(frequency);
         frequency * keep + frequency / self.factor * (1.0 - keep)
+    }
+
+    /// What `frequency` is divided by.
+    pub(crate) fn divisor(&self, frequency: f32) -> f32 {
+        match self.keep(frequency) {
+            0.0 => self.factor,
+            keep => 1.0 / (keep + (1.0 - keep) / self.factor),
+        }
     }
 }
 

@@ -1,23 +1,32 @@
 //! The tensors of a checkpoint's files, mapped into memory.
 
-use std::{fs, path::Path, sync::Arc};
+use std::{
+    fs,
+    path::{Path, PathBuf},
+    sync::Arc,
+};
 
 use lowbit::formats::{self, Safetensors, Sharded, TensorSource, TensorView, gguf::Gguf};
 use memmap2::Mmap;
 
 pub(crate) use crate::files::read_json as read;
-use crate::{Config, Error, Result, files, llama_gguf::LlamaGguf};
+use crate::{
+    Error, Result, files,
+    gguf_files::{self, GgufFiles},
+};
 
 /// The tensors of one file or several. They stay in their files until somebody looks at them; do not
 /// change the files meanwhile.
 pub struct Tensors {
     source: Box<dyn TensorSource + Send + Sync>,
     maps: Vec<Map>,
+    metadata: Vec<(String, String)>,
 }
 
 impl Tensors {
-    /// Opens a folder with `model.safetensors`, several files under `model.safetensors.index.json`, or
-    /// `model.gguf`; or a single file of either kind.
+    /// Opens a folder with `model.safetensors`, several files under `model.safetensors.index.json`, or a GGUF
+    /// model in one part or several; or a single file of either kind. GGUF files are known by their first
+    /// bytes.
     ///
     /// # Errors
     /// [`Error::Io`] or [`Error::Format`].
@@ -31,20 +40,19 @@ impl Tensors {
     /// # Ok::<(), lowbit_lm::Error>(())
     /// ```
     pub fn open(path: &Path) -> Result<Self> {
+        if let Some(files) = gguf_files::find(path)? {
+            let (parts, maps) = Self::map_gguf(&files)?;
+            let files = GgufFiles::new(parts)?;
+            let text =
+                |key: &str| Some((key.escape_debug().to_string(), files.get(key)?.to_string()));
+            let metadata = files.keys().filter_map(text).collect();
+            return Ok(Self { metadata, ..Self::of(files, maps) });
+        }
         if !path.is_dir() {
-            let name = path.display().to_string();
-            let map = map(path)?;
-            let maps = vec![map.clone()];
-            return Ok(match path.extension().is_some_and(|extension| extension == "gguf") {
-                true => Self { source: Box::new(Gguf::new(name, map)?), maps },
-                false => Self { source: Box::new(Safetensors::new(name, map)?), maps },
-            });
+            return Self::open_file(path);
         }
         let (index, file) = (path.join("model.safetensors.index.json"), "model.safetensors");
         let file = path.join(file);
-        if holds_gguf(path) {
-            return Self::open(&path.join("model.gguf"));
-        }
         if file.exists() {
             return Self::open(&file);
         }
@@ -58,21 +66,38 @@ impl Tensors {
             maps.push(map.clone());
             Ok::<_, Error>(map)
         })?;
-        Ok(Self { source: Box::new(sharded), maps })
+        Ok(Self::of(sharded, maps))
     }
 
-    /// The `model.gguf` of a folder, under the names of a checkpoint.
-    pub(crate) fn open_llama_gguf(folder: &Path, config: &Config) -> Result<Self> {
-        let path = folder.join("model.gguf");
-        let map = map(&path)?;
+    /// Opens one file of either kind by itself, whatever its name says of other parts.
+    ///
+    /// # Errors
+    /// As [`open`](Self::open).
+    pub fn open_file(path: &Path) -> Result<Self> {
+        let (name, map) = (path.display().to_string(), map(path)?);
         let maps = vec![map.clone()];
-        let file = Gguf::new(path.display().to_string(), map)?;
-        Ok(Self { source: Box::new(LlamaGguf::new(file, config)?), maps })
+        Ok(match gguf_files::is_gguf(path) {
+            true => Self::of(Gguf::new(name, map)?, maps),
+            false => Self::of(Safetensors::new(name, map)?, maps),
+        })
     }
 
-    /// Tensors that lie in memory anyway.
-    pub(crate) fn in_memory(source: impl TensorSource + Send + Sync + 'static) -> Self {
-        Self { source: Box::new(source), maps: Vec::new() }
+    /// The parts of a GGUF model.
+    pub(crate) fn map_gguf(files: &[PathBuf]) -> Result<(Vec<Gguf<Map>>, Vec<Map>)> {
+        let maps = files.iter().map(|file| map(file)).collect::<Result<Vec<_>>>()?;
+        let parts = files.iter().zip(&maps);
+        let parts = parts.map(|(file, map)| Gguf::new(file.display().to_string(), map.clone()));
+        Ok((parts.collect::<formats::Result<_>>()?, maps))
+    }
+
+    /// Tensors of mapped files, or of none.
+    pub(crate) fn of(source: impl TensorSource + Send + Sync + 'static, maps: Vec<Map>) -> Self {
+        Self { source: Box::new(source), maps, metadata: Vec::new() }
+    }
+
+    /// The keys of a GGUF file and their values, to be shown: of long texts and lists, the beginning.
+    pub fn metadata(&self) -> &[(String, String)] {
+        &self.metadata
     }
 
     /// Gives memory back that holds what has been looked at: it is read from the files again when it is
@@ -96,11 +121,6 @@ impl TensorSource for Tensors {
     }
 }
 
-/// Does a folder hold its weights in `model.gguf`?
-pub(crate) fn holds_gguf(folder: &Path) -> bool {
-    folder.join("model.gguf").exists() && !folder.join("model.safetensors").exists()
-}
-
 /// A folder without weights that can be read: names those that cannot.
 fn no_weights(folder: &Path) -> Error {
     let entries = fs::read_dir(folder).into_iter().flatten().flatten();
@@ -112,7 +132,7 @@ fn no_weights(folder: &Path) -> Error {
     let reason = match names.iter().find(is_other) {
         Some(other) => format!("no such file; save {other}, which is there, as safetensors"),
         None => {
-            "no such file: a model folder has config.json, tokenizer.json and model.safetensors"
+            "no such file: a model folder has config.json, tokenizer.json and model.safetensors, or a GGUF file"
                 .into()
         }
     };
@@ -121,7 +141,7 @@ fn no_weights(folder: &Path) -> Error {
 
 /// A file that is only read.
 #[derive(Clone)]
-struct Map(Arc<Mmap>);
+pub(crate) struct Map(Arc<Mmap>);
 
 impl AsRef<[u8]> for Map {
     fn as_ref(&self) -> &[u8] {

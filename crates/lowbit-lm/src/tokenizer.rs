@@ -6,6 +6,8 @@ use crate::{Error, Result, files::not_json, growth};
 pub struct Tokenizer {
     file: String,
     inner: tokenizers::Tokenizer,
+    /// Bytes that it has no token for, which it would leave out.
+    lacking: Vec<u8>,
 }
 
 impl Tokenizer {
@@ -28,13 +30,18 @@ impl Tokenizer {
             inner.with_model(model);
         }
         growth::check(&inner).map_err(error)?;
-        Ok(Self { file: file.into(), inner })
+        Ok(Self { file: file.into(), inner, lacking: Vec::new() })
+    }
+
+    /// The tokenizer, which has no tokens for the bytes `lacking`.
+    pub(crate) fn lacking(self, lacking: Vec<u8>) -> Self {
+        Self { lacking, ..self }
     }
 
     /// The tokens of `text`, with the special ones (such as BOS) that the tokenizer adds.
     ///
     /// # Errors
-    /// [`Error::Tokenizer`] if the tokenizer fails.
+    /// [`Error::Tokenizer`] if the tokenizer fails, or has no token for a byte of the text.
     pub fn encode(&self, text: &str) -> Result<Vec<u32>> {
         self.encode_with(text, true)
     }
@@ -42,12 +49,16 @@ impl Tokenizer {
     /// The tokens of `text` alone.
     ///
     /// # Errors
-    /// [`Error::Tokenizer`] if the tokenizer fails.
+    /// As [`encode`](Self::encode).
     pub fn encode_plain(&self, text: &str) -> Result<Vec<u32>> {
         self.encode_with(text, false)
     }
 
     fn encode_with(&self, text: &str, special: bool) -> Result<Vec<u32>> {
+        if let Some(byte) = text.bytes().find(|byte| self.lacking.contains(byte)) {
+            let reason = format!("the text has the byte 0x{byte:02x}, for which there is no token");
+            return Err(Error::Tokenizer { file: self.file.clone(), reason });
+        }
         let encoding = self.inner.encode_fast(text, special).map_err(|e| self.error(&e))?;
         Ok(encoding.get_ids().to_vec())
     }

@@ -29,14 +29,17 @@ enum Source {
 }
 
 impl Input {
-    /// Opens a folder. `why` a model must be one that the decoder knows, if it must.
+    /// Opens a folder or a GGUF file, whose weights are taken as they are in f32. `why` a model must be one
+    /// that the decoder knows, if it must.
     pub(super) fn open(folder: &Path, why: Option<&str>) -> Result<Self> {
         let name = folder.display();
         let quantized = "is quantized already; give the checkpoint as it was before";
         let (source, blocks) = match (Checkpoint::open(folder), why) {
             (Ok(checkpoint), _) => {
                 let names = checkpoint.linear_names();
-                for layer in &names {
+                // Blocks of ggml are how GGUF stores weights.
+                let layers = if checkpoint.is_gguf() { &[] } else { &names[..] };
+                for layer in layers {
                     ensure!(checkpoint.quantized(layer)?.is_none(), "{name} {quantized}");
                 }
                 let blocks = checkpoint.config().num_hidden_layers.max(1);
@@ -45,13 +48,17 @@ impl Input {
                 (Source::Known(Box::new(checkpoint)), blocks)
             }
             (Err(e), None) if !concerns_weights(&e) => {
+                // The names of GGUF tensors say nothing to those who read what is written.
+                let tensors = Tensors::open(folder)?;
+                if !tensors.metadata().is_empty() {
+                    return Err(e.into());
+                }
                 let config: Value =
                     serde_json::from_slice(&model::read(&folder.join("config.json"))?)?;
                 ensure!(
                     config.get("quantization_config").is_none_or(Value::is_null),
                     "{name} {quantized}"
                 );
-                let tensors = Tensors::open(folder)?;
                 let blocks = matrices(&tensors)?;
                 ensure!(!blocks.is_empty(), "{name}: there is no matrix X.N.Y.weight in it");
                 (Source::Other(tensors), blocks)
@@ -102,6 +109,16 @@ impl Input {
         match &self.source {
             Source::Known(checkpoint) => Some(checkpoint),
             Source::Other(_) => None,
+        }
+    }
+
+    /// The config.json of `folder`, or what stands for it in a GGUF file.
+    pub(super) fn config_json(&self, folder: &Path) -> Result<Value> {
+        match &self.source {
+            Source::Known(checkpoint) => Ok(checkpoint.config_json()?),
+            Source::Other(_) => {
+                Ok(serde_json::from_slice(&model::read(&folder.join("config.json"))?)?)
+            }
         }
     }
 

@@ -4,6 +4,7 @@
 //! as far as it is quantized ([`Quantization`]), and so must know its architecture.
 
 mod format;
+mod gguf;
 mod input;
 mod stage;
 
@@ -19,13 +20,13 @@ use indicatif::ProgressBar;
 use lowbit::{
     Calibration, Context, Needs, QLinear, Quantizer, Report as Decisions,
     formats::{
-        Tensor, TensorSource, TensorView,
+        Dtype, Tensor, TensorSource, TensorView,
         conventions::{self, QuantizationConfig},
-        gguf,
     },
 };
 use lowbit_lm::{
-    Checkpoint, Finished, LinearWeights, Tensors, Unpacked, Windows, llama_gguf,
+    Finished, LinearWeights, Tensors, Unpacked, Windows, is_gguf,
+    llama_gguf::{self, Metadata},
     quantize::{self, LayerReport, Quantization, relative_error},
 };
 use rayon::prelude::*;
@@ -39,14 +40,14 @@ use self::{
 };
 use crate::{
     Threads, model, progress,
-    scheme::{MethodOptions, Scheme},
+    scheme::{Defaults, MethodOptions, Scheme},
     text,
 };
 
 /// Options of `lowbit quantize`.
 #[derive(clap::Args)]
 pub(crate) struct Options {
-    /// Folder of the model: config.json, tokenizer.json, model.safetensors
+    /// Folder of the model (config.json, tokenizer.json, model.safetensors), or its GGUF file
     model: PathBuf,
     #[command(flatten)]
     method: MethodOptions,
@@ -126,7 +127,10 @@ struct Report {
 }
 
 pub(crate) fn run(options: &Options) -> Result<()> {
-    let scheme = options.method.scheme()?;
+    let scheme = options.method.scheme(match options.format {
+        Format::Gguf => gguf::DEFAULTS,
+        _ => Defaults::default(),
+    })?;
     if options.out.symlink_metadata().is_ok() {
         let out = options.out.display();
         bail!("{out} exists already; remove it or name another folder");
@@ -139,6 +143,7 @@ pub(crate) fn run(options: &Options) -> Result<()> {
         _ => Some(format!("{} is calibrated block by block", scheme.name)),
     };
     let mut input = Input::open(&options.model, why.as_deref())?;
+    input.config_json(&options.model)?; // which is written at the end, and must be there
     input.leave_out(&options.skip)?;
     if !options.skip.is_empty() && scheme.recipe.scale.is_some() && needs > Needs::Nothing {
         bail!(
@@ -149,12 +154,17 @@ pub(crate) fn run(options: &Options) -> Result<()> {
     let names = input.blocks().iter().flatten();
     let shapes = names.map(|name| input.shape(name)).collect::<Result<Shapes>>()?;
     options.format.check(&scheme, options.method.is_family(), &shapes)?;
+    let gguf = match input.checkpoint().filter(|_| options.format == Format::Gguf) {
+        Some(checkpoint) => Some(gguf::metadata(&options.model, checkpoint)?),
+        None => None,
+    };
     options.calibration.check_used(&scheme.name, needs > Needs::Nothing)?;
     let windows = match input.checkpoint().filter(|_| needs > Needs::Nothing) {
         Some(checkpoint) => options.calibration.windows(checkpoint, Some(&options.model), true)?,
         None => None,
     };
-    let run = Run { options, scheme: &scheme, input: &input, windows: windows.as_ref() };
+    let (windows, gguf) = (windows.as_ref(), gguf.as_ref());
+    let run = Run { options, scheme: &scheme, input: &input, windows, gguf };
     let job = run.job()?;
     let report_file = report_file(&options.model)?;
     let stage = Stage::open(&options.out, options.format == Format::Gguf, &job, &report_file)?;
@@ -191,12 +201,14 @@ struct Run<'a> {
     scheme: &'a Scheme,
     input: &'a Input,
     windows: Option<&'a Windows>,
+    /// What a GGUF file holds beside its tensors, if that is the format.
+    gguf: Option<&'a Metadata>,
 }
 
 impl Run<'_> {
     /// Writes what is not there yet, and returns what the report says of each file.
     fn parts(&self, stage: &Stage, ctx: &mut Context) -> Result<Vec<Part>> {
-        let Self { options, scheme, input, windows } = *self;
+        let Self { options, scheme, input, windows, .. } = *self;
         let needs = scheme.recipe.needs();
         let kept = stage.blocks();
         let label = format!("{} {}", scheme.name, env!("CARGO_PKG_VERSION"));
@@ -262,18 +274,25 @@ impl Run<'_> {
 
     /// What the run is about: another one may continue it only if it is the same.
     fn job(&self) -> Result<Value> {
-        let Self { options, scheme, input, windows } = *self;
+        let Self { options, scheme, input, windows, .. } = *self;
         let model = fs::canonicalize(&options.model)?;
+        let (folder, file) = match (model.parent(), model.file_name()) {
+            (Some(folder), Some(file)) if model.is_file() => (folder, Some(file.to_string_lossy())),
+            _ => (model.as_path(), None),
+        };
         let mut files = Vec::new();
-        for entry in fs::read_dir(&model)? {
+        for entry in fs::read_dir(folder)? {
             let entry = entry?;
+            let name = entry.file_name().to_string_lossy().into_owned();
+            if file.as_ref().is_some_and(|file| !belongs_to(file, &name)) {
+                continue;
+            }
             // Of what a link leads to: caches of models are full of them.
             let data = fs::metadata(entry.path())?;
             if !data.is_file() {
                 continue;
             }
             let modified = data.modified()?.duration_since(std::time::UNIX_EPOCH);
-            let name = entry.file_name().to_string_lossy().into_owned();
             files.push((name, data.len(), modified.map_or(0, |time| time.as_secs())));
         }
         files.sort();
@@ -299,7 +318,7 @@ impl Run<'_> {
         let Self { options, input, .. } = *self;
         let blocks = parts.len() - 1;
         let files: Vec<_> = (0..=blocks).map(|index| stage.part_name(index, blocks)).collect();
-        let opened = files.iter().map(|file| Tensors::open(&stage.path(file)));
+        let opened = files.iter().map(|file| Tensors::open_file(&stage.path(file)));
         let opened: Vec<_> = opened.collect::<Result<_, _>>()?;
         let mut map = serde_json::Map::new();
         let mut views = BTreeMap::new();
@@ -316,12 +335,11 @@ impl Run<'_> {
             let same = views.get(name).is_some_and(|new| same_numbers(&old, new));
             if same { &mut copied } else { &mut folded }.push(name.to_string());
         }
-        let mut config: Value =
-            serde_json::from_slice(&model::read(&options.model.join("config.json"))?)?;
+        let mut config = input.config_json(&options.model)?;
         let floats = floats(input)?;
-        match input.checkpoint().filter(|_| stage.gguf) {
-            Some(checkpoint) => {
-                assemble(options, checkpoint, stage, views.into_values().collect())?;
+        match self.gguf {
+            Some(metadata) => {
+                gguf::write(stage, metadata, views.into_values().collect())?;
                 drop(opened);
                 files.iter().try_for_each(|file| fs::remove_file(stage.path(file)))?;
             }
@@ -337,7 +355,13 @@ impl Run<'_> {
             }
         }
         stage.write_json("config.json", &config)?;
-        copy_others(&options.model, stage)?;
+        if options.model.is_dir() {
+            copy_others(&options.model, stage)?;
+        }
+        if let Some(checkpoint) = input.checkpoint().filter(|checkpoint| checkpoint.is_gguf()) {
+            let tokenizer = checkpoint.tokenizer_json();
+            stage.write("tokenizer.json", |to| Ok(to.write_all(tokenizer)?))?;
+        }
         let layers = parts.into_iter().flat_map(|part| part.layers).collect();
         let report = Report { copied, folded, floats, ..self.report(layers, bytes_after, job)? };
         stage.write_json(file, &report)?;
@@ -345,7 +369,8 @@ impl Run<'_> {
     }
 
     fn report(&self, layers: Vec<Layer>, bytes_after: usize, job: &Value) -> Result<Report> {
-        let Self { options, scheme, input, windows } = *self;
+        let Self { options, scheme, input, windows, gguf } = *self;
+        let other = gguf.map_or(&[][..], |metadata| &metadata.substitutions);
         let tensors = input.tensors();
         let mut bytes_before = 0;
         for name in tensors.names() {
@@ -368,7 +393,7 @@ impl Run<'_> {
             bytes_before,
             bytes_after,
             mean_relative_error: errors / layers.len().max(1) as f64,
-            substitutions: substitutions.collect(),
+            substitutions: other.iter().cloned().chain(substitutions).collect(),
             copied: Vec::new(),
             folded: Vec::new(),
             floats: Vec::new(),
@@ -393,14 +418,18 @@ fn same_numbers(a: &TensorView<'_>, b: &TensorView<'_>) -> bool {
     if a.dtype == b.dtype {
         return a.bytes == b.bytes;
     }
-    let (Some((1, size_a)), Some((1, size_b))) = (a.dtype.block(), b.dtype.block()) else {
-        return false;
+    // Blocks of ggml are of up to 256 numbers.
+    let bytes =
+        |view: &TensorView<'_>| view.dtype.block().map(|(numbers, size)| NUMBERS / numbers * size);
+    let (Some(step_a), Some(step_b)) = (bytes(a), bytes(b)) else { return false };
+    let f32 = |view: &TensorView<'_>, bytes: &[u8]| {
+        let shape = [bytes.len() / view.dtype.block()?.1 * view.dtype.block()?.0];
+        TensorView { bytes, shape: &shape, ..*view }.to_f32().ok()
     };
-    let f32 = |view: &TensorView<'_>, bytes| TensorView { bytes, ..*view }.to_f32().ok();
-    a.bytes.len() / size_a == b.bytes.len() / size_b
+    a.shape == b.shape
         && a.bytes
-            .chunks(NUMBERS * size_a)
-            .zip(b.bytes.chunks(NUMBERS * size_b))
+            .chunks(step_a)
+            .zip(b.bytes.chunks(step_b))
             .all(|(x, y)| f32(a, x).is_some_and(|x| Some(x) == f32(b, y)))
 }
 
@@ -413,13 +442,18 @@ fn others(input: &Input, options: &Options, needs: Needs, stage: &Stage) -> Resu
     let tensors = input.tensors();
     let copied = copied(input, needs).into_iter().map(|name| tensors.tensor(name));
     let copied: Vec<_> = copied.collect::<Result<_, _>>()?;
-    let changed = match input.checkpoint().filter(|_| options.format == Format::Gguf) {
-        Some(checkpoint) => copied
-            .iter()
-            .map(|view| llama_gguf::to_gguf(checkpoint.config(), *view))
-            .collect::<Result<_, _>>()?,
-        None => vec![None; copied.len()],
+    let gguf = input.checkpoint().filter(|_| options.format == Format::Gguf);
+    let change = |view: &TensorView<'_>| -> Result<Option<Tensor>> {
+        Ok(match (gguf, view.dtype) {
+            (Some(checkpoint), _) => llama_gguf::to_gguf(checkpoint.config(), *view)?,
+            // Blocks of ggml have no place in safetensors.
+            (None, Dtype::Ggml(_)) => {
+                Some(Tensor::f32(view.name, view.shape.to_vec(), &view.to_f32()?))
+            }
+            (None, _) => None,
+        })
     };
+    let changed = copied.iter().map(change).collect::<Result<Vec<_>>>()?;
     let views: Vec<_> = copied
         .iter()
         .zip(&changed)
@@ -614,25 +648,16 @@ fn streaming_memory(input: &Input, scheme: &Scheme, threads: usize) -> Result<u6
     Ok(largest)
 }
 
-/// One GGUF file of all parts, with the metadata of llama.cpp.
-fn assemble(
-    options: &Options,
-    checkpoint: &Checkpoint,
-    stage: &Stage,
-    views: Vec<TensorView<'_>>,
-) -> Result<()> {
-    let named = |view: &TensorView<'_>| {
-        llama_gguf::gguf_name(view.name)
-            .ok_or_else(|| anyhow!("{} has no place in a GGUF file", view.name))
+/// Is `name` what a GGUF file is read with: itself, its other parts, and the texts beside it?
+fn belongs_to(file: &str, name: &str) -> bool {
+    // But for its number, NAME-00001-of-00003.gguf is the name of all parts.
+    let unnumbered = |name: &str| {
+        let (start, count) = name.rsplit_once("-of-")?;
+        Some((start.rsplit_once('-')?.0.to_owned(), count.to_owned()))
     };
-    let names: Vec<_> = views.iter().map(named).collect::<Result<_>>()?;
-    let tensors: Vec<_> =
-        views.iter().zip(&names).map(|(view, name)| TensorView { name, ..*view }).collect();
-    let name = options.model.file_name().unwrap_or_default().to_string_lossy();
-    let tokenizer = model::read(&options.model.join("tokenizer.json"))?;
-    let metadata = llama_gguf::metadata(&name, checkpoint.config(), &tokenizer)?;
-    let metadata: Vec<_> = metadata.iter().map(|(key, v)| (key.as_str(), v.clone())).collect();
-    stage.write("model.gguf", |to| Ok(gguf::write(to, &metadata, &tensors)?))
+    let texts = ["config.json", "tokenizer.json"];
+    let is_part = || unnumbered(file).is_some_and(|file| unnumbered(name) == Some(file));
+    name == file || texts.contains(&name) || is_part()
 }
 
 /// Tokenizer and whatever else belongs to a model, but not its weights.
@@ -643,7 +668,7 @@ fn copy_others(from: &Path, stage: &Stage) -> Result<()> {
         let weights = [".safetensors", ".gguf", ".bin", ".pt", ".pth", ".index.json"];
         // The configuration is another one; the weights are in files of other names.
         let skip = name == "config.json" || weights.iter().any(|end| name.ends_with(end));
-        if skip || !fs::metadata(entry.path())?.is_file() {
+        if skip || !fs::metadata(entry.path())?.is_file() || is_gguf(&entry.path()) {
             continue;
         }
         let bytes = model::read(&entry.path())?;

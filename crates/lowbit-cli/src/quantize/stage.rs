@@ -21,7 +21,7 @@
 
 use std::{
     fs::{self, File, TryLockError},
-    io::{BufWriter, Read as _, Write},
+    io::{BufWriter, Read as _, Seek as _, Write},
     path::{Path, PathBuf},
 };
 
@@ -89,6 +89,7 @@ impl Stage {
             Err(_) if stage.parts() == 0 => {
                 let written = file
                     .set_len(0)
+                    .and_then(|()| file.rewind())
                     .and_then(|()| file.write_all(job.to_string().as_bytes()))
                     .and_then(|()| file.sync_all());
                 written.with_context(|| format!("cannot write in {name}"))?;
@@ -143,7 +144,7 @@ impl Stage {
     /// Part `index` of as many as there are blocks and one, if it is there as a whole.
     pub(super) fn part(&self, index: usize, blocks: usize) -> Option<Part> {
         // Its header says how long the file is.
-        Tensors::open(&self.path(&self.part_name(index, blocks))).ok()?;
+        Tensors::open_file(&self.path(&self.part_name(index, blocks))).ok()?;
         let report = fs::read(self.path(&report_name(index))).ok()?;
         serde_json::from_slice(&report).ok()
     }

@@ -7,6 +7,7 @@
 //! | `weight_scale_inv` | (⌈n/128⌉, ⌈k/128⌉) | DeepSeek: also `code · scale`, whatever its name says |
 //! | `weight_scale_inv` | as above | GPTQModel with `weight_scale_semantics: inverse`: `code / scale` |
 //! | `scale` | as `weight_scale` | other programs: `w = code · scale` |
+//! | any of them | U8 or F8_E8M0, blocks | powers of two, `2^(byte − 127)` |
 //! | `weight_scale` | U8 (n, k/32) | MXFP8: powers of two, `2^(byte − 127)` |
 //!
 //! Inputs stay f32: that some of these systems round them to FP8 too is not imitated. What is written is E4M3, which
@@ -103,11 +104,22 @@ impl Convention for Fp8 {
         if let Some(scales) = layer.find(part)
             && matches!(scales.dtype, Dtype::U8 | Dtype::F8E8M0)
         {
-            parts::expect_shape(&scales, &[n, k.div_ceil(32)])?;
+            let (rows, cols) = self.block;
+            let blocks = rows > 0
+                && cols > 0
+                && *scales.shape == [n.div_ceil(rows), k.div_ceil(cols)]
+                && *scales.shape != [n, k.div_ceil(32)];
+            let granularity = match blocks {
+                true => Granularity::PerBlock(rows, cols),
+                false => {
+                    parts::expect_shape(&scales, &[n, k.div_ceil(32)])?;
+                    Granularity::PerGroup(32)
+                }
+            };
             scales.check_len()?;
             let scheme = QuantScheme {
                 scale_format: ScaleFormat::E8m0,
-                ..QuantScheme::levels(dtype, Granularity::PerGroup(32))
+                ..QuantScheme::levels(dtype, granularity)
             };
             let (codes, scales) = (weight.bytes.to_vec(), scales.bytes.to_vec());
             let matrix = QMatrix::from_parts(n, k, scheme, codes, scales, None);

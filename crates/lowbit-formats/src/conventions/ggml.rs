@@ -36,6 +36,9 @@ use crate::{
 };
 
 const NAME: &str = "ggml";
+/// The types of the table above that users of integers ask for.
+const HELD: &str =
+    "groups of 32 of int4, int5 and int8, or of int4 and int5 with f16 offsets, and its k-quants";
 /// The largest block.
 const BLOCK: usize = 256;
 /// The most groups in a block.
@@ -256,7 +259,7 @@ impl Convention for Ggml {
         let Some((format, join)) =
             found.map(|f| (f, f.join)).find_map(|(f, join)| Some((f, join?)))
         else {
-            return Err(writer.unsupported(weight.scheme().to_string()));
+            return Err(writer.unsupported(format!("{}: it has {HELD}", weight.scheme())));
         };
         let (weights, groups) = (format.weights(), format.groups());
         if !k.is_multiple_of(weights) {

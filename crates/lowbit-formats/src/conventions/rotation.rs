@@ -30,6 +30,11 @@ pub(super) fn transforms(
             true => Err(error(format!("expected its matrix as the tensor {}.{part}", layer.name))),
         };
     };
+    if !k.is_power_of_two() {
+        return Err(error(format!(
+            "rows of {k}, expected a power of two: such products are not held"
+        )));
+    }
     let signs = signs(&matrix, k)?;
     let perm = format!("{name}_input.perm");
     let order = match layer.find(&perm).or_else(|| elsewhere(layer, &perm, k)) {

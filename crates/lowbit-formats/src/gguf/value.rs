@@ -1,4 +1,4 @@
-use std::borrow::Cow;
+use std::{borrow::Cow, fmt};
 
 /// A metadata value.
 ///
@@ -183,6 +183,55 @@ impl<'a> Value<'a> {
     }
 }
 
+/// Numbers as they are; strings in quotes, without control characters; of long ones, the beginning.
+///
+/// # Example
+/// ```
+/// use lowbit_formats::gguf::{Array, Value};
+///
+/// assert_eq!(Value::from("a\nb").to_string(), r#""a\nb""#);
+/// let tokens: Vec<Value> = (0..9).map(Value::U8).collect();
+/// let tokens = Value::Array(Array::new(&tokens).unwrap());
+/// assert_eq!(tokens.to_string(), "[0, 1, 2, 3, 4, 5, … 9 items]");
+/// ```
+impl fmt::Display for Value<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        /// Characters of a string, and items of an array.
+        const MOST: (usize, usize) = (60, 6);
+        match self {
+            Self::U8(x) => x.fmt(f),
+            Self::I8(x) => x.fmt(f),
+            Self::U16(x) => x.fmt(f),
+            Self::I16(x) => x.fmt(f),
+            Self::U32(x) => x.fmt(f),
+            Self::I32(x) => x.fmt(f),
+            Self::F32(x) => write!(f, "{x:?}"),
+            Self::Bool(x) => x.fmt(f),
+            Self::U64(x) => x.fmt(f),
+            Self::I64(x) => x.fmt(f),
+            Self::F64(x) => write!(f, "{x:?}"),
+            Self::String(bytes) => {
+                let text = String::from_utf8_lossy(bytes);
+                let start: String =
+                    text.chars().take(MOST.0).flat_map(char::escape_debug).collect();
+                match text.chars().nth(MOST.0) {
+                    None => write!(f, "\"{start}\""),
+                    Some(_) => write!(f, "\"{start}…\" of {} bytes", bytes.len()),
+                }
+            }
+            Self::Array(array) => {
+                let items: Vec<_> =
+                    array.iter().take(MOST.1).map(|item| item.to_string()).collect();
+                let items = items.join(", ");
+                match array.len() > MOST.1 {
+                    false => write!(f, "[{items}]"),
+                    true => write!(f, "[{items}, … {} items]", array.len()),
+                }
+            }
+        }
+    }
+}
+
 impl<'a> From<&'a str> for Value<'a> {
     fn from(text: &'a str) -> Self {
         Self::String(text.as_bytes().into())
@@ -199,6 +248,16 @@ impl<'a> Array<'a> {
         let mut bytes = Vec::new();
         items.iter().for_each(|item| item.encode_item(&mut bytes));
         Some(Self { kind, len: items.len(), items: bytes.into() })
+    }
+
+    /// An array of `texts`, which may be none.
+    pub fn strings<'t>(texts: impl IntoIterator<Item = &'t str>) -> Self {
+        let (mut len, mut bytes) = (0, Vec::new());
+        for text in texts {
+            len += 1;
+            Value::from(text).encode_item(&mut bytes);
+        }
+        Self { kind: STRING, len, items: bytes.into() }
     }
 
     /// Number of items.

@@ -26,9 +26,9 @@ fn each_missing_file_is_named() {
         fs::remove_file(folder.path().join(file)).unwrap();
         let error = message(&folder);
         assert!(error.starts_with(&format!("tiny/{file}: ")), "{error}");
-        assert!(
-            error.ends_with("a model folder has config.json, tokenizer.json and model.safetensors")
-        );
+        assert!(error.ends_with(
+            "a model folder has config.json, tokenizer.json and model.safetensors, or a GGUF file"
+        ));
     }
     let mut tiny = Tiny::new(json!({}));
     tiny.shards = 2;

@@ -2,6 +2,8 @@
 
 mod checkpoint;
 mod eval;
+mod gguf;
+mod gguf_metadata;
 mod model;
 mod oracle;
 mod quantized;

@@ -51,11 +51,11 @@ impl Stored {
     /// FP8 of one scale: codes 0x30 … 0x3f are 0.5 … 1.875 by their definition.
     fn fp8(&mut self, layer: &str, scale: &str) {
         let value = |code: u32| (1.0 + (code % 8) as f32 / 8.0) * if code < 8 { 0.5 } else { 1.0 };
-        let sign = |r: usize, c: usize| if (r + c) % 3 == 0 { -0.25 } else { 0.25 };
+        let sign = |r: usize, c: usize| if (r + c).is_multiple_of(3) { -0.25 } else { 0.25 };
         let [n, k] = self.replace(layer, |r, c| value(code(r, c)) * sign(r, c));
         let byte = |i: usize| {
             let (r, c) = (i / k, i % k);
-            0x30 | code(r, c) as u8 | if (r + c) % 3 == 0 { 0x80 } else { 0 }
+            0x30 | code(r, c) as u8 | if (r + c).is_multiple_of(3) { 0x80 } else { 0 }
         };
         self.add(format!("{layer}.weight"), Dtype::F8E4M3, &[n, k], (0..n * k).map(byte).collect());
         self.tensors.push(Tensor::f32(format!("{layer}.{scale}"), vec![1], &[0.25]));
