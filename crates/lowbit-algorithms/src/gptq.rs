@@ -166,11 +166,13 @@ impl Quantizer for Gptq {
         let of_blocks = times(rows, grid.across).saturating_mul(24);
         let target = weights.saturating_mul(4);
         let always = of_bands.saturating_add(of_blocks).saturating_add(target);
-        // Before there are bands, the factor in f64 beside its panels in f32; these the set of inputs keeps, as
-        // it does H in f32 for sweeps; the parameters; codes and what is stored, or the parameters while they are rounded.
+        // Before there are bands, the factor in f64 beside its panels in f32, with squares of 128 columns on the
+        // diagonal; these the set of inputs keeps, as it does H in f32 for sweeps; the parameters; codes
+        // and what is stored, or the parameters while they are rounded.
         let blocks = times(rows, grid.across) / grid.rows.max(1) as u64;
-        let factoring = square.saturating_mul(10);
-        let kept = square.saturating_mul(if self.sweeps > 0 { 6 } else { 2 });
+        let panels = square.saturating_mul(2).saturating_add(times(k, 256));
+        let factoring = square.saturating_mul(8).saturating_add(panels);
+        let kept = panels.saturating_mul(if self.sweeps > 0 { 3 } else { 1 });
         let sweeping = kept.saturating_add(blocks.saturating_mul(16));
         let storing = weights.saturating_add(plan.memory).max(blocks.saturating_mul(48));
         let storing = storing.saturating_add(kept);

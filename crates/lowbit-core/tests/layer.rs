@@ -95,7 +95,7 @@ fn bytes_count_every_term() {
         .and_then(|layer| layer.with_outliers(Some(Outliers::Sparse(sparse()))))
         .and_then(|l| l.with_adapter(Some(Adapter::new(wave(2, K, 3), wave(N, 2, 4))?)))
         .unwrap();
-    // As the file holds them: f32 factors, 32-bit places, a bit for each sign; f16 values with 32-bit columns.
+    // Places of a permutation, columns and starts are 32-bit integers in memory and in files.
     let transforms = 4 * K + 4 * K + K.div_ceil(8);
     let sparse = 3 * (2 + 4) + 4 * (N + 1);
     assert_eq!(with.bytes(), plain + transforms + sparse + 4 * (2 * K + N * 2));
