@@ -24,7 +24,9 @@ pub(crate) fn find(path: &Path) -> Result<Option<Vec<PathBuf>>> {
         return is_gguf(path).then(|| parts_of(path)).transpose();
     }
     let safetensors = ["model.safetensors", "model.safetensors.index.json"];
-    if !path.is_dir() || safetensors.iter().any(|name| path.join(name).exists()) {
+    // What a file is called does not make it one.
+    let is_other = |file: PathBuf| file.exists() && !(file.is_file() && is_gguf(&file));
+    if !path.is_dir() || safetensors.iter().any(|name| is_other(path.join(name))) {
         return Ok(None);
     }
     let default = path.join("model.gguf");
