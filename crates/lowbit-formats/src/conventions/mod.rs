@@ -65,8 +65,8 @@ pub trait Convention: fmt::Debug + Send + Sync {
     /// The layer called `layer`, whose tensors are `layer.…`.
     ///
     /// # Errors
-    /// [`Error::Missing`] for a tensor that is not there, [`Error::Tensor`] for one of the wrong type
-    /// or shape, [`Error::Layer`] for numbers that no layer has, such as an infinite scale.
+    /// [`Error::Missing`](crate::Error::Missing) for a tensor that is not there, [`Error::Tensor`](crate::Error::Tensor) for one of the wrong type
+    /// or shape, [`Error::Layer`](crate::Error::Layer) for numbers that no layer has, such as an infinite scale.
     fn read(&self, source: &dyn TensorSource, layer: &str) -> Result<QLinear>;
 
     /// Do other programs round the inputs of such layers to FP8 or FP4? Here they stay f32, and scales for
@@ -78,7 +78,7 @@ pub trait Convention: fmt::Debug + Send + Sync {
     /// The tensors of `layer` under the name `name`. Reading them gives a layer of the same weights.
     ///
     /// # Errors
-    /// [`Error::Unsupported`] for a layer that the convention cannot hold.
+    /// [`Error::Unsupported`](crate::Error::Unsupported) for a layer that the convention cannot hold.
     fn write(&self, layer: &QLinear, name: &str) -> Result<Vec<Tensor>>;
 
     /// The `quantization_config` of a `config.json` for a model of layers such as `layer`; `None` where
